@@ -1,0 +1,48 @@
+"""Who computes a step, and the one function that says which backend runs."""
+
+from torch import Tensor
+
+from ..core.attention import Attention
+from .aten import AtenBackend
+from .base import Backend
+from .reference import ReferenceBackend
+
+NAMES = ("native", "triton", "aten", "reference")
+
+
+def select_backend(name: str, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Backend:
+    """Return the backend that runs a call, before anything is sent.
+
+    `native` takes the first that supports the input: `aten` (torch's own flash attention), then,
+    on CPU tensors only, `reference` (dense: memory grows with the square of the length, so a GPU
+    is never sent there unasked). Every other name is that backend or an error; none falls back
+    to another in silence.
+
+    Raises:
+        ValueError: unknown name.
+        NotImplementedError: no backend of that name runs these inputs; lists every reason.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    reasons = []
+    for backend in _candidates(name, q):
+        unsupported = backend.unsupported(attention, q, k, v)
+        if not unsupported:
+            return backend
+        reasons += [f"{backend.name}: {reason}" for reason in unsupported]
+    raise NotImplementedError(
+        f"no {name} backend runs q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} of "
+        f"{q.dtype} on {q.device.type} with {attention}:\n  " + "\n  ".join(reasons)
+    )
+
+
+def _candidates(name: str, q: Tensor) -> list[Backend]:
+    if name == "triton":
+        # Imported on use: the rest of the library works where Triton is not installed.
+        from .triton import TritonBackend
+
+        return [TritonBackend()]
+    if name == "native":
+        dense: list[Backend] = [ReferenceBackend()] if q.device.type == "cpu" else []
+        return [AtenBackend(), *dense]
+    return [AtenBackend() if name == "aten" else ReferenceBackend()]

@@ -1,0 +1,101 @@
+"""What a backend is: it computes one step of a ring, one source's K, V against local rows."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.attention import Attention
+from ..core.plan import StepPlan
+
+
+class Saved(NamedTuple):
+    """What every step of a backward reads, prepared once per call by the backend.
+
+    Attributes:
+        dout: [B, L, H, D], the input's dtype.
+        out: [B, L, H, D], the input's dtype, the final output.
+        lse: [B, H, L], state dtype, final; -inf where a row saw nothing.
+        dlse: [B, H, L], state dtype, the gradient of lse; None if nobody asked for it.
+        delta: [B, H, L], state dtype, rowsum(dout * out) - dlse; None if the backend's own kernel
+            computes rowsum(dout * out) inside.
+    """
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    delta: Tensor | None
+
+
+class GradTarget(NamedTuple):
+    """Where a step's share of dk, dv goes: [B, L, Hk, D] of the source's rows, state dtype.
+
+    `add`: add to what is there; otherwise store into every row that a block touches (the ring
+    has zeroed the others).
+    """
+
+    dk: Tensor
+    dv: Tensor
+    add: bool
+
+
+class Backend(Protocol):
+    """Computes steps. Holds no state: a step's results live in tensors that the caller owns."""
+
+    name: str
+
+    def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+        """Return every reason why this backend cannot run these inputs; empty if it can."""
+        ...
+
+    def forward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Fold one source's K, V into the state (out, lse).
+
+        Args:
+            q: [B, L, H, D], read. k, v: [B, Lk, Hk, D] of the source, read. Any strides.
+            out: [B, L, H, D] state dtype, normalised; lse: [B, H, L] state dtype. Written, not
+                read, on the rows that blocks touch if `step_plan.first`; else read and written.
+        """
+        ...
+
+    def prepare_backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+    ) -> Saved:
+        """Prepare what every step's backward reads. Called once, before the first step."""
+        ...
+
+    def backward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dkv_target: Callable[[], GradTarget],
+    ) -> None:
+        """Fold one source's share into dq, and hand its dk, dv to `dkv_target`.
+
+        Args:
+            dq: [B, L, H, D] state dtype; stored, not read, on touched rows if `step_plan.first`,
+                else added to.
+            dkv_target: called once, as late as possible: it waits for a travelling accumulator.
+        """
+        ...
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that out, lse, dq, dk, dv accumulate and travel in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,123 @@
+"""The library's own entry, and the checks that stand before every public form of call."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends import select_backend
+from .function import Call, RingAttention, run_backward, run_forward
+from .plan import RingPlan, plan_local, plan_ring
+from .validate import (
+    check_attention,
+    check_backward,
+    check_group,
+    check_layouts,
+    check_tensors,
+)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str = "contiguous",
+    backend: str = "native",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend over a sequence sharded across the ranks of `group`.
+
+    Args:
+        q: [B, L, H, D], this rank's rows in the order that `layout` gives them.
+        k, v: [B, Lk, Hk, D], Hk divides H. Lk may differ from L where nothing is masked.
+        layout: `contiguous`, `zigzag` or `stripe`, see `core.layout.Layout`.
+        backend: `native`, `triton`, `aten` or `reference`, see `backends.select_backend`.
+        softmax_scale: factor on q k^T, > 0; 1 / sqrt(D) if None.
+        causal: a query sees no key of a later global position.
+        window_size: (left, right) in tokens of global position, -1 for open.
+        deterministic: gradients must be bitwise repeatable.
+        group: the ranks that hold the sequence; None for the default group.
+
+    Returns:
+        out [B, L, H, D] in q's dtype and lse [B, H, L], natural log, float32 (float64 for
+        float64). Both are differentiable. A query that sees no key has out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+        NotImplementedError: no backend of that name runs it; lists every reason.
+        All are raised before anything is sent.
+    """
+    call = ring_call(
+        q,
+        k,
+        v,
+        layout,
+        backend,
+        group,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        deterministic=deterministic,
+    )
+    return RingAttention.apply(q, k, v, call)
+
+
+def ring_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    backend: str,
+    group: dist.ProcessGroup | None,
+    **options,
+) -> Call:
+    """Check every argument of a distributed call and return all but the tensors as one value.
+
+    `options` are flash-attn's softmax_scale, causal, window_size, dropout_p, alibi_slopes and
+    deterministic, as `check_attention` takes them.
+    """
+    check_tensors(q, k, v)
+    attention = check_attention(q.shape[-1], **options)
+    world_size = check_group(group)
+    q_layout, k_layout = check_layouts(layout, attention, q, k, world_size)
+    runs = select_backend(backend, attention, q, k, v)
+    plan = plan_ring(attention, q_layout, k_layout, dist.get_rank(group))
+    return Call(attention, plan, runs, group)
+
+
+def local_forward(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, **options
+) -> tuple[Tensor, Tensor]:
+    """Return out, lse of one device, without a process group and outside autograd.
+
+    Where q and k have different lengths, a mask aligns their last rows, as flash-attn does.
+    `options` as in `ring_call`.
+    """
+    return run_forward(_local_call(q, k, v, backend, options), q, k, v)
+
+
+def local_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    backend: str,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv of `local_forward`."""
+    call = _local_call(q, k, v, backend, options)
+    check_backward(dout, q, out, softmax_lse)
+    return run_backward(call, dout, q, k, v, out, softmax_lse)
+
+
+def _local_call(q: Tensor, k: Tensor, v: Tensor, backend: str, options: dict) -> Call:
+    check_tensors(q, k, v)
+    attention = check_attention(q.shape[-1], **options)
+    runs = select_backend(backend, attention, q, k, v)
+    step = plan_local(attention, q.shape[1], k.shape[1])
+    return Call(attention, RingPlan(0, 1, (step,)), runs)

@@ -1,0 +1,119 @@
+"""One call's K, V distribution and dK, dV return. All waits are stream-ordered (gloo: the host)."""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.base import GradTarget
+from ..utils import RingComm, ShiftComm
+from .plan import RingPlan
+
+
+class Exchange(Protocol):
+    """Bring every source's K, V here, and every share of dK, dV home."""
+
+    def kv(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return k, v of source (rank - step) % P, readable now on the compute stream."""
+        ...
+
+    def kv_done(self, step: int) -> None:
+        """Say that the compute stream will read this step's k, v no more."""
+        ...
+
+    def dkv_target(self, step: int) -> GradTarget:
+        """Return where this step's share of dk, dv goes."""
+        ...
+
+    def dkv_done(self, step: int) -> None:
+        """Say that this step's share is written."""
+        ...
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return dk, dv of this rank's own rows, summed over every rank."""
+        ...
+
+
+class RingExchange:
+    """Pass K, V hop by hop over `RingComm`; dk, dv follow one hop behind as accumulators.
+
+    K and V travel as one flat message; two buffers alternate, so a hop overlaps with the step
+    that reads the other buffer. The accumulators of a source travel with its K, V, and go
+    straight home after the last step. A plan of one step sends nothing.
+
+    Args:
+        group: the ranks of the ring; None for the default group.
+        plan: this rank's steps; their number is equal on every rank.
+        k: [B, L, Hk, D], v: [B, L, Hk, Dv], this rank's own, any strides; read.
+        state: dtype of dk, dv as they accumulate and travel.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        plan: RingPlan,
+        k: Tensor,
+        v: Tensor,
+        state: torch.dtype,
+    ) -> None:
+        self._k, self._v, self._state = k, v, state
+        self._last = len(plan.steps) - 1
+        self._kv: list[Tensor] = []
+        self._dkv: list[Tensor] = []
+        if self._last > 0:
+            self._kv_comm = RingComm(group)
+            self._dkv_comm = RingComm(group)
+            # After the last step the accumulators of source rank - last are here: bring them home.
+            self._home_comm = ShiftComm(group, -self._last)
+
+    def kv(self, step: int) -> tuple[Tensor, Tensor]:
+        if step == 0:
+            if self._last > 0:
+                own = torch.cat([self._k.reshape(-1), self._v.reshape(-1)])
+                self._kv = [own, torch.empty_like(own)]
+                self._send_kv(step)
+            return self._k, self._v
+        self._kv_comm.wait()
+        if step < self._last:
+            # The other buffer is free: the step that read it was launched before, and the wait
+            # above covers its own send.
+            self._send_kv(step)
+        return self._split(self._kv[step % 2])
+
+    def kv_done(self, step: int) -> None:
+        if step == self._last:
+            self._kv = []
+
+    def dkv_target(self, step: int) -> GradTarget:
+        if step == 0:
+            size = self._k.numel() + self._v.numel()
+            count = 2 if self._last > 0 else 1
+            self._dkv = [
+                torch.empty(size, dtype=self._state, device=self._k.device) for _ in range(count)
+            ]
+        else:
+            self._dkv_comm.wait()
+        dk, dv = self._split(self._dkv[step % 2])
+        return GradTarget(dk, dv, add=step > 0)
+
+    def dkv_done(self, step: int) -> None:
+        if self._last == 0:
+            return
+        comm = self._dkv_comm if step < self._last else self._home_comm
+        comm.send_recv(self._dkv[step % 2], self._dkv[(step + 1) % 2])
+        comm.commit()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        if self._last == 0:
+            return self._split(self._dkv[0])
+        self._home_comm.wait()
+        return self._split(self._dkv[(self._last + 1) % 2])
+
+    def _send_kv(self, step: int) -> None:
+        self._kv_comm.send_recv(self._kv[step % 2], self._kv[(step + 1) % 2])
+        self._kv_comm.commit()
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        size = self._k.numel()
+        return flat[:size].view(self._k.shape), flat[size:].view(self._v.shape)

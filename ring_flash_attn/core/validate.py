@@ -1,0 +1,167 @@
+"""Check a call before anything is sent: a rank that raises later leaves the others waiting.
+
+Every error names the argument, what came and what was expected.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .attention import Attention
+from .layout import Layout
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q is [B, L, H, D] and k, v are [B, Lk, Hk, D] of one float dtype and device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, ("B", "L", "H" if name == "q" else "Hk", "D"))
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {_shape(x)}")
+        if x.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} must have q's head dim {q.shape[3]}, got {_shape(x)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {_shape(k)}, got {_shape(v)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q's heads must be a multiple of k's heads, got q {_shape(q)} and k {_shape(k)}"
+        )
+
+
+def check_tensor(name: str, x: Tensor, axes: tuple[str, ...]) -> None:
+    """Raise unless x is a float tensor with these axes, none of them empty."""
+    expected = f"[{', '.join(axes)}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {expected}, got {type(x).__name__}")
+    if x.ndim != len(axes):
+        raise ValueError(f"{name} must be {expected}, got shape {_shape(x)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must be {expected} with no empty axis, got shape {_shape(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a float dtype, got {x.dtype}")
+
+
+def check_packed(name: str, x: Tensor, axes: tuple[str, ...], parts: int) -> None:
+    """Raise unless x packs `parts` tensors in its third-to-last axis."""
+    check_tensor(name, x, axes)
+    if x.shape[-3] != parts:
+        raise ValueError(
+            f"{name} must be [{', '.join(axes)}] with {parts} on axis {x.ndim - 3}, "
+            f"got shape {_shape(x)}"
+        )
+
+
+def check_attention(
+    head_dim: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+) -> Attention:
+    """Return the `Attention` that these arguments of flash-attn mean."""
+    check_bool("causal", causal)
+    check_bool("deterministic", deterministic)
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes: no backend of this library has alibi, pass None")
+    _check_dropout(dropout_p)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"softmax_scale must be a number or None, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"softmax_scale must be finite and > 0, got {scale}")
+    return Attention(float(scale), causal, _window(window_size), deterministic)
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p: no backend of this library has dropout, pass 0, got {dropout_p}"
+        )
+
+
+def _window(window_size: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    for side in window_size:
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise TypeError(f"window_size must hold two ints, got {window_size!r}")
+        if side < -1:
+            raise ValueError(f"window_size must hold ints >= -1 (-1: open), got {window_size!r}")
+    return window_size[0], window_size[1]
+
+
+def check_group(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks of a group that holds this rank."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            "group: torch.distributed has no process group yet, "
+            "call torch.distributed.init_process_group first (one rank is enough)"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must hold this rank, got a group of other ranks")
+        raise TypeError(f"group must be a ProcessGroup or None, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            f"group must hold this rank, got ranks {dist.get_process_group_ranks(group)} "
+            f"on rank {dist.get_rank()}"
+        )
+    return dist.get_world_size(group)
+
+
+def check_layouts(
+    kind: str, attention: Attention, q: Tensor, k: Tensor, world_size: int
+) -> tuple[Layout, Layout]:
+    """Return the layouts of q and of k, v."""
+    for name, x in (("q", q), ("k", k)):
+        if kind == "zigzag" and x.shape[1] % 2:
+            raise ValueError(
+                f"{name} must have an even local length in the zigzag layout (two blocks a "
+                f"rank), got {x.shape[1]} of shape {_shape(x)}"
+            )
+    if attention.masked and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"k must have q's local length {q.shape[1]} when causal or windowed, since both are "
+            f"placed by position, got {k.shape[1]}"
+        )
+    return Layout(kind, q.shape[1], world_size), Layout(kind, k.shape[1], world_size)
+
+
+def check_backward(dout: Tensor, q: Tensor, out: Tensor, softmax_lse: Tensor) -> None:
+    """Raise unless dout, out fit q [B, L, H, D] and softmax_lse is [B, H, L]."""
+    check_same("dout", dout, q, "q")
+    check_same("out", out, q, "q")
+    check_same("softmax_lse", softmax_lse, q[..., 0].transpose(1, 2), "q as [B, H, L]")
+
+
+def check_same(name: str, x: Tensor, like: Tensor, of: str) -> None:
+    """Raise unless x is a tensor with the shape and device of another."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor like {of}, got {type(x).__name__}")
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must have {of}'s shape {_shape(like)}, got {_shape(x)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {of}'s device {like.device}, got {x.device}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

@@ -1,0 +1,199 @@
+"""Communication over a process group, and the two free functions that ring-flash-attn exports."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["AllGatherComm", "RingComm", "get_default_args", "update_out_and_lse"]
+
+
+class RingComm:
+    """Send to the next rank of a group while receiving from the previous one.
+
+    Collect pairs with `send_recv`, start them with `commit`, and make the current stream (gloo:
+    the host) wait for them with `wait`. Tensors belong to the transfer until `wait` returns. On a
+    group of one rank a transfer is a copy and nothing is sent.
+
+    Args:
+        process_group: the group whose ranks form the ring; None for the default group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        self._connect(process_group, 1)
+
+    def _connect(self, process_group: dist.ProcessGroup | None, offset: int) -> None:
+        """Send `offset` ranks ahead, receive from as many ranks behind."""
+        self._process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.world_size = dist.get_world_size(process_group)
+        self.send_rank = self._global_rank((self.rank + offset) % self.world_size)
+        self.recv_rank = self._global_rank((self.rank - offset) % self.world_size)
+        self._local = offset % self.world_size == 0
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._requests: list[dist.Work] | None = None
+
+    def _global_rank(self, group_rank: int) -> int:
+        if self._process_group is None:
+            return group_rank
+        return dist.get_global_rank(self._process_group, group_rank)
+
+    def send_recv(self, to_send: Tensor, recv_tensor: Tensor | None = None) -> Tensor:
+        """Add a pair to the next `commit`.
+
+        Args:
+            to_send: any shape, contiguous; equal shape and dtype on every rank.
+            recv_tensor: where to receive; allocated like `to_send` if None.
+
+        Returns:
+            The tensor that will hold the previous rank's message after `wait`.
+        """
+        received = torch.empty_like(to_send) if recv_tensor is None else recv_tensor
+        self._pairs.append((to_send, received))
+        return received
+
+    def commit(self) -> None:
+        """Start all pairs collected so far, in one batch."""
+        if self._requests is not None:
+            raise RuntimeError("RingComm.commit called twice without a wait in between")
+        self._requests = []
+        if self._local:
+            for to_send, received in self._pairs:
+                received.copy_(to_send)
+            return
+        operations = []
+        for to_send, received in self._stage():
+            operations.append(dist.P2POp(dist.isend, to_send, self.send_rank, self._process_group))
+            operations.append(dist.P2POp(dist.irecv, received, self.recv_rank, self._process_group))
+        self._requests = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> None:
+        """Make the current stream (gloo: the host) wait for everything committed."""
+        if self._requests is None:
+            raise RuntimeError("RingComm.wait called before commit")
+        for request in self._requests:
+            request.wait()
+        for (_, received), (_, arrived) in zip(self._pairs, self._staged, strict=False):
+            received.copy_(arrived)
+        self._requests, self._pairs, self._staged = None, [], []
+
+    def send_recv_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_buffer: Tensor | None = None,
+        v_buffer: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Send k and v and start the transfer; returns where the previous rank's will arrive."""
+        next_k, next_v = self.send_recv(k, k_buffer), self.send_recv(v, v_buffer)
+        self.commit()
+        return next_k, next_v
+
+    def _stage(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the pairs to transfer: gloo cannot send CUDA tensors, host copies stand in."""
+        if not any(to_send.is_cuda for to_send, _ in self._pairs):
+            return self._pairs
+        if "nccl" in dist.get_backend_config(self._process_group).partition("cuda:")[2]:
+            return self._pairs
+        _warn_staging()
+        self._staged = [
+            (to_send.cpu(), torch.empty_like(received, device="cpu"))
+            for to_send, received in self._pairs
+        ]
+        return self._staged
+
+
+class ShiftComm(RingComm):
+    """A ring whose neighbours are `offset` ranks apart; negative sends backwards."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, offset: int) -> None:
+        self._connect(process_group, offset)
+
+
+class AllGatherComm:
+    """Gather equal shards of every rank, several in flight; None means the default group."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.handles: list[dist.Work] = []
+
+    def all_gather(self, output_tensor: Tensor, input_tensor: Tensor) -> None:
+        """Start gathering `input_tensor` [n, ...] of every rank into `output_tensor` [P n, ...]."""
+        handle = _all_gather(output_tensor, input_tensor, group=self.group, async_op=True)
+        self.handles.append(handle)
+
+    def wait(self) -> None:
+        """Make the current stream (gloo: the host) wait for every gather started."""
+        for handle in self.handles:
+            handle.wait()
+        self.handles = []
+
+
+def update_out_and_lse(
+    out: Tensor | None,
+    lse: Tensor | None,
+    block_out: Tensor,
+    block_lse: Tensor,
+    slice_: tuple | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge a block's attention into a running result, in float32.
+
+    Args:
+        out: [B, L, H, D] float32, or None for the first block; written in place under `slice_`.
+        lse: [B, L, H, 1] float32, or None for the first block; written in place under `slice_`.
+        block_out: [B, n, H, D], any float dtype. block_lse: [B, H, n] natural log.
+        slice_: index of the n rows of out and lse that this block updates; None for all.
+
+    Returns:
+        (out, lse). A row that saw nothing on either side stays (0, -inf).
+    """
+    block_out = block_out.to(torch.float32)
+    block_lse = block_lse.to(torch.float32).transpose(-2, -1).unsqueeze(-1)
+    if out is None or lse is None:
+        if slice_ is not None:
+            raise RuntimeError("the first update_out_and_lse takes no slice_")
+        return block_out, block_lse
+    if slice_ is not None:
+        out[slice_], lse[slice_] = _merge(out[slice_], lse[slice_], block_out, block_lse)
+        return out, lse
+    return _merge(out, lse, block_out, block_lse)
+
+
+def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.logaddexp(lse, block_lse)
+    finite = torch.where(total == -torch.inf, 0.0, total)
+    return out * torch.exp(lse - finite) + block_out * torch.exp(block_lse - finite), total
+
+
+@cache
+def _default_args(func: Callable) -> dict:
+    parameters = inspect.signature(func).parameters.values()
+    defaults = {p.name: None if p.default is p.empty else p.default for p in parameters}
+    if "softcap" in defaults:
+        defaults["softcap"] = 0.0
+    return defaults
+
+
+def get_default_args(func: Callable) -> dict:
+    """Return {parameter: default} of a function or of a torch custom op, None where it has none."""
+    return _default_args(func if inspect.isfunction(func) else func._init_fn)
+
+
+@cache
+def _warn_staging() -> None:
+    warnings.warn(
+        "CUDA tensors on a gloo group travel through host memory: correct, but slow. "
+        "Use an nccl group where every rank has its own GPU.",
+        stacklevel=2,
+    )
+
+
+# torch 2.13 renamed the collective and warns about the old name; 2.11 lacks the new one.
+_all_gather = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)

@@ -1,0 +1,67 @@
+"""Run a function on several ranks of a gloo group, one process each, and collect the results."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def run_ranks(world_size: int, work: Callable, *args, timeout_s: float = 300.0) -> list:
+    """Call `work(rank, *args)` on every rank inside a gloo group; return the results by rank.
+
+    `work` must be importable (a module's top level); what it returns must pickle. A rank that
+    raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            SPAWN.Process(target=_enter, args=(folder, rank, world_size, work, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode not in (None, 0) for process in ranks):
+                # The others would wait for this rank until the group's timeout.
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+            process.join()
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
+        if errors or any(code != 0 for code in codes):
+            raise AssertionError(
+                f"exit codes {codes} (None: ended after {timeout_s} s)\n" + "\n".join(errors)
+            )
+        return [
+            torch.load(Path(folder, f"result{rank}"), weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _enter(folder: str, rank: int, world_size: int, work: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
+        )
+        torch.save(work(rank, *args), Path(folder, f"result{rank}"))
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise SystemExit(1) from None

@@ -1,0 +1,152 @@
+"""RingComm, AllGatherComm and RingExchange over gloo: who gets what, and what is sent at all."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ranks import run_ranks
+from ring_flash_attn import ring_attention
+from ring_flash_attn.utils import AllGatherComm, RingComm, get_default_args, update_out_and_lse
+
+
+def ring_of(rank: int, members: list[int] | None) -> list[float]:
+    group = None if members is None else dist.new_group(members)
+    if members is not None and rank not in members:
+        return []
+    comm = RingComm(group)
+    own = torch.full((3,), float(rank))
+    received = comm.send_recv(own)
+    comm.commit()
+    comm.wait()
+    k, v = comm.send_recv_kv(own, own + 0.5)
+    comm.wait()
+    return [received[0].item(), k[0].item(), v[0].item()]
+
+
+def test_ring_comm_receives_from_the_previous_rank():
+    assert run_ranks(3, ring_of, None) == [[2, 2, 2.5], [0, 0, 0.5], [1, 1, 1.5]]
+
+
+def test_ring_comm_maps_a_subgroup_to_global_ranks():
+    assert run_ranks(4, ring_of, [1, 3]) == [[], [3, 3, 3.5], [], [1, 1, 1.5]]
+
+
+def test_ring_comm_of_one_rank_copies():
+    assert run_ranks(1, ring_of, None) == [[0, 0, 0.5]]
+
+
+def protocol_errors(rank: int) -> list[str]:
+    comm, messages = RingComm(None), []
+    with pytest.raises(RuntimeError) as caught:
+        comm.wait()
+    messages.append(str(caught.value))
+    comm.send_recv(torch.zeros(1))
+    comm.commit()
+    with pytest.raises(RuntimeError) as caught:
+        comm.commit()
+    messages.append(str(caught.value))
+    return messages
+
+
+def test_ring_comm_refuses_wait_before_commit_and_commit_twice():
+    assert run_ranks(1, protocol_errors) == [
+        [
+            "RingComm.wait called before commit",
+            "RingComm.commit called twice without a wait in between",
+        ]
+    ]
+
+
+def gather(rank: int) -> list[float]:
+    comm, gathered = AllGatherComm(), torch.empty(4)
+    comm.all_gather(gathered, torch.full((2,), float(rank)))
+    comm.wait()
+    return gathered.tolist()
+
+
+def test_all_gather_comm():
+    assert run_ranks(2, gather) == [[0, 0, 1, 1]] * 2
+
+
+def operations(rank: int, world_size: int, layout: str, window: tuple[int, int]) -> list[list]:
+    """Return the (elements, dtype, destination) of every message of a forward and a backward."""
+    sent = []
+    start = dist.batch_isend_irecv
+
+    def recording(ops):
+        sends = [op for op in ops if op.op is dist.isend]
+        assert len(ops) == 2 * len(sends)
+        sent.extend((op.tensor.numel(), str(op.tensor.dtype), op.peer) for op in sends)
+        return start(ops)
+
+    dist.batch_isend_irecv = recording
+    q, k, v = (torch.randn(1, 8, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    out, _ = ring_attention(q, k, v, layout=layout, causal=True, window_size=window)
+    forward, sent = sent, []
+    out.sum().backward()
+    return [forward, sent]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+def test_one_message_a_hop_and_gradients_one_hop_behind(layout: str):
+    world_size, message = 3, 2 * 8 * 2 * 16
+    for rank, (forward, backward) in enumerate(
+        run_ranks(world_size, operations, world_size, layout, (-1, -1))
+    ):
+        hop = (message, "torch.float32", (rank + 1) % world_size)
+        assert forward == [hop] * 2
+        assert backward == [hop] * 5
+
+
+def test_a_window_ends_the_ring_early_and_gradients_go_straight_home():
+    world_size, message = 4, 2 * 8 * 2 * 16
+    for rank, (forward, backward) in enumerate(
+        run_ranks(world_size, operations, world_size, "contiguous", (8, 0))
+    ):
+        ahead = (message, "torch.float32", (rank + 1) % world_size)
+        home = (message, "torch.float32", (rank - 1) % world_size)
+        assert forward == [ahead]
+        assert backward == [ahead, ahead, home]
+
+
+def test_one_rank_sends_nothing():
+    assert run_ranks(1, operations, 1, "zigzag", (-1, -1)) == [[[], []]]
+
+
+def test_update_out_and_lse_merges_halves_and_keeps_empty_rows_empty():
+    torch.manual_seed(0)
+    scores, values = torch.randn(1, 2, 5, 12).double(), torch.randn(1, 12, 2, 4).double()
+
+    def attend(part: slice):
+        chosen = scores[..., part]
+        out = torch.einsum("bhij,bjhd->bihd", chosen.softmax(-1), values[:, part])
+        return out, chosen.logsumexp(-1)
+
+    out, lse = update_out_and_lse(None, None, *attend(slice(0, 5)))
+    out, lse = update_out_and_lse(out, lse, *attend(slice(5, 12)))
+    want_out, want_lse = attend(slice(0, 12))
+    assert torch.allclose(out.double(), want_out, atol=1e-6)
+    assert torch.allclose(lse.squeeze(-1).transpose(1, 2).double(), want_lse, atol=1e-6)
+
+    nothing = torch.zeros(1, 5, 2, 4), torch.full((1, 2, 5), -torch.inf)
+    out, lse = update_out_and_lse(*update_out_and_lse(None, None, *nothing), *nothing)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+    out, lse = update_out_and_lse(None, None, *attend(slice(0, 5)))
+    rows = (slice(None), slice(2, 5))
+    part_out, part_lse = attend(slice(5, 12))
+    out, lse = update_out_and_lse(out, lse, part_out[:, 2:], part_lse[:, :, 2:], slice_=rows)
+    assert torch.allclose(out[:, 2:].double(), want_out[:, 2:], atol=1e-6)
+    assert torch.allclose(out[:, :2].double(), attend(slice(0, 5))[0][:, :2], atol=1e-6)
+
+
+def test_get_default_args_reads_functions_and_custom_ops():
+    def flash(q, softcap=30.0, *, causal=True):
+        return q
+
+    class Op:
+        _init_fn = staticmethod(flash)
+
+    want = {"q": None, "softcap": 0.0, "causal": True}
+    assert get_default_args(flash) == want
+    assert get_default_args(Op()) == want
