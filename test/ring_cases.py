@@ -44,7 +44,9 @@ def grid() -> list[Case]:
     ]
 
 
-def global_tensors(case: Case, world_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def global_tensors(
+    case: Case, world_size: int, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, ...]:
     """Return q, k, v, dout, dlse of the whole sequence, equal on every rank."""
     generator = torch.Generator().manual_seed(0)
     length = case.local_len * world_size
@@ -57,7 +59,8 @@ def global_tensors(case: Case, world_size: int, dtype: torch.dtype) -> tuple[tor
     v = normal(case.batch, length, case.key_heads, case.head_dim)
     dout = normal(case.batch, length, case.heads, case.head_dim)
     dlse = normal(case.batch, case.heads, length)
-    return *(x.to(dtype) for x in (q, k, v, dout)), dlse.float() if dtype.itemsize < 8 else dlse
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    return *(x.to(device, dtype) for x in (q, k, v, dout)), dlse.to(device, state)
 
 
 def poison_empty() -> None:
@@ -66,20 +69,29 @@ def poison_empty() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+class Measured(NamedTuple):
+    """Errors of one tensor on one rank's rows, and of a dense computation in its dtype."""
+
+    ours: oracle.Errors
+    dense: oracle.Errors
+
+
 def shard_errors(
-    rank: int, world_size: int, cases: list[Case], backend: str, dtype: torch.dtype
-) -> list[dict[str, oracle.Errors]]:
+    rank: int, world_size: int, cases: list[Case], backend: str, dtype: torch.dtype, device: str
+) -> list[dict[str, Measured]]:
     """Run every case on this rank; return the errors of its own rows against the fp64 oracle."""
     from ring_flash_attn import ring_attention
 
     poison_empty()
     measured = []
     for case in cases:
-        q, k, v, dout, dlse = global_tensors(case, world_size, dtype)
+        q, k, v, dout, dlse = whole = global_tensors(case, world_size, dtype, device)
         causal, window = MASKS[case.mask]
         everyone = list(range(q.shape[1]))
-        mask = oracle.visible(everyone, everyone, causal, window)
-        want = oracle.dense(*(x.double() for x in (q, k, v)), mask, dout.double(), dlse.double())
+        seen = oracle.visible(everyone, everyone, causal, window, device)
+        wide = [x.double() for x in whole]
+        want = oracle.dense(*wide[:3], seen, *wide[3:])
+        dense = oracle.dense_in_dtype(q, k, v, seen, dout, dlse)
 
         def mine(x: torch.Tensor, dim: int = 1, case: Case = case) -> torch.Tensor:
             return oracle.shard(x, case.layout, world_size, rank, dim)
@@ -89,12 +101,12 @@ def shard_errors(
             *local, layout=case.layout, backend=backend, causal=causal, window_size=window
         )
         grads = torch.autograd.grad((out, lse), local, (mine(dout), mine(dlse, 2)))
-        got = oracle.Result(out.detach(), lse.detach(), *grads)
         assert [x.dtype for x in (out, *grads)] == [dtype] * 4
-        measured.append(
-            {
-                name: oracle.errors(x.double(), mine(y, 2 if name == "lse" else 1))
-                for name, x, y in zip(TENSORS, got, want, strict=True)
-            }
-        )
+        measured.append({})
+        for name, x, y, z in zip(TENSORS, (out, lse, *grads), want, dense, strict=True):
+            dim = 2 if name == "lse" else 1
+            target = mine(y, dim)
+            measured[-1][name] = Measured(
+                oracle.errors(x, target), oracle.errors(mine(z, dim), target)
+            )
     return measured

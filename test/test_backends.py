@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import oracle
-from ring_flash_attn.backends.aten import AtenBackend
+from ring_flash_attn.backends.aten import AtenBackend, _open_window, split_tall
 from ring_flash_attn.backends.base import GradTarget, state_dtype
 from ring_flash_attn.backends.blocks import fold
 from ring_flash_attn.backends.reference import ReferenceBackend
@@ -30,8 +30,11 @@ MASKS = [
     (False, (100, 100)),
 ]
 BACKENDS = {backend.name: backend for backend in (ReferenceBackend(), AtenBackend())}
-on_gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def on_gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    return pytest.mark.gpu(skip(test))
 
 
 class Shape(NamedTuple):
@@ -123,7 +126,7 @@ def ring(backend, attention, layout, size, given, landing=False):
     for hop in range(len(plans[0].steps)):
         for rank, plan in enumerate(plans):
             step = plan.steps[hop]
-            mine, source, asked = rank, step.source, []
+            source, asked = step.source, []
             add = not (landing or step.first)
             dk, dv = dks[source], dvs[source]
             if landing:
@@ -132,14 +135,14 @@ def ring(backend, attention, layout, size, given, landing=False):
                 zero(dk, step.unseen_k())
                 zero(dv, step.unseen_k())
             if step.first:
-                zero(dqs[mine], step.unseen_q())
+                zero(dqs[rank], step.unseen_q())
 
             def target(dk=dk, dv=dv, add=add, asked=asked):
                 asked.append(True)
                 return GradTarget(dk, dv, add)
 
             backend.backward(
-                attention, step, saved[mine], q[mine], k[source], v[source], dqs[mine], target
+                attention, step, saved[rank], q[rank], k[source], v[source], dqs[rank], target
             )
             assert len(asked) == bool(step.blocks), "the target is asked for once"
             if landing:
@@ -156,8 +159,7 @@ def truth(mask, given, path=oracle.dense, device="cpu"):
     """Return the float64 truth of inputs as they are, already rounded to their dtype."""
     q_len, k_len = given.q.shape[1], given.k.shape[1]
     seen = oracle.visible(range(q_len), range(k_len), *mask, device=device)
-    exact = (None if x is None else x.double() for x in given)
-    q, k, v, dout, dlse = exact
+    q, k, v, dout, dlse = (None if x is None else x.double() for x in given)
     return path(q, k, v, seen, dout, dlse, SCALE), seen
 
 
@@ -167,11 +169,29 @@ def check_exact(got, want):
         assert error < 1e-10, f"{name}: {error}"
 
 
-def check_bound(got, mask, given, path=oracle.dense, device="cpu"):
-    want, seen = truth(mask, given, path, device)
+def check_bound(got, mask, given):
+    want, seen = truth(mask, given)
     q, k, v, dout, dlse = given
-    in_dtype = oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE)
-    broken = oracle.beyond_bound(got, want, in_dtype)
+    broken = oracle.beyond_bound(got, want, oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE))
+    assert not broken, "\n".join(broken)
+
+
+def check_bound_on_gpu(got, seen, given):
+    """Hold FlashAttention-2 to a dense computation that hands out what it does, in 16 bits.
+
+    That is each query head's dk, dv, which are summed outside, and the shares of dout and of dlse.
+    """
+    q, k, v, dout, dlse = (x.double() for x in given)
+    want = oracle.chunked(q, k, v, seen, dout, dlse, SCALE)
+    key_heads = given.k.shape[2]
+    q, k, v, dout, dlse = given
+    k, v = (x.repeat_interleave(q.shape[2] // key_heads, 2) for x in (k, v))
+    of_out = oracle.dense_in_dtype(q, k, v, seen, dout, None, SCALE)
+    of_lse = oracle.dense_in_dtype(q, k, v, seen, torch.zeros_like(dout), dlse, SCALE)
+    grads = [a.float() + b.float() for a, b in zip(of_out[2:], of_lse[2:], strict=True)]
+    dk, dv = (x.unflatten(2, (key_heads, -1)).sum(3).to(q.dtype) for x in grads[1:])
+    yardstick = of_out._replace(dq=grads[0].to(q.dtype), dk=dk, dv=dv)
+    broken = oracle.beyond_bound(got, want, yardstick)
     assert not broken, "\n".join(broken)
 
 
@@ -239,16 +259,13 @@ def test_one_device_aligns_the_last_rows(backend, lengths, mask):
     check_exact(got, oracle.dense(*given[:3], seen, given.dout, given.dlse, SCALE))
 
 
-def single(backend, attention, step, given, start=None):
-    """Run one step, forward and backward, from NaN or from the state (out, lse) of `start`."""
+def single(backend, attention, step, given):
+    """Run one step, forward and backward."""
     state = state_dtype(given.q.dtype)
-    if start is None:
-        out = poisoned(given.q, state)
-        lse = poisoned(out[..., 0].transpose(1, 2), state)
-        zero(out, step.unseen_q())
-        zero(lse, step.unseen_q(), 2, -torch.inf)
-    else:
-        out, lse = (x.clone() for x in start)
+    out = poisoned(given.q, state)
+    lse = poisoned(out[..., 0].transpose(1, 2), state)
+    zero(out, step.unseen_q())
+    zero(lse, step.unseen_q(), 2, -torch.inf)
     backend.forward(attention, step, given.q, given.k, given.v, out, lse)
     saved = backend.prepare_backward(given.dout, out.to(given.q.dtype), lse, given.dlse)
     dq, dk, dv = (poisoned(x, state) for x in (given.q, given.k, given.v))
@@ -296,6 +313,52 @@ def test_every_kind_of_band(backend, lengths):
         got = single(BACKENDS[backend], attention_of(MASKS[0]), step, given)
         seen = mask_of(step)
         check_exact(got, oracle.dense(*given[:3], seen, given.dout, given.dlse, SCALE))
+
+
+def shown_by_flash_attention_2(q_len, k_len, left, right):
+    """Return the mask that its host code makes of a window: mha_fwd and set_params_fprop."""
+    left, right = (-1 if side >= k_len else side for side in (left, right))
+    if (left, right) == (-1, -1):
+        return torch.ones(q_len, k_len, dtype=torch.bool)
+    left, right = (k_len if side < 0 else side for side in (left, right))
+    offset = torch.arange(k_len) - torch.arange(q_len).unsqueeze(1) - (k_len - q_len)
+    return (offset >= -left) & (offset <= right)
+
+
+@pytest.mark.parametrize("lengths", [(8, 1), (9, 2), (9, 4), (5, 5), (6, 5), (4, 9)], ids=str)
+def test_every_block_is_cut_into_windows_that_flash_attention_2_can_express(lengths):
+    q_len, k_len = lengths
+    whole = 0
+    for lo in range(1 - q_len, k_len):
+        for hi in range(lo, k_len):
+            block = trim(Block(0, q_len, 0, k_len, lo, hi))
+            step = StepPlan(0, 0, (block,), q_len, k_len)
+            cut = split_tall(step)
+            whole += cut == step
+            shown = torch.zeros(q_len, k_len, dtype=torch.int)
+            for b in cut.blocks:
+                window = shown_by_flash_attention_2(
+                    b.q_end - b.q_begin, b.k_end - b.k_begin, *_open_window(b)
+                )
+                shown[b.q_begin : b.q_end, b.k_begin : b.k_end] += window
+            assert torch.equal(shown, mask_of(step).int()), (block, cut.blocks)
+    assert whole
+
+
+def test_aten_computes_the_blocks_so_cut(monkeypatch):
+    step = StepPlan(0, 0, (trim(Block(0, 9, 0, 3, -7, 1)),), 9, 3)
+    assert len(split_tall(step).blocks) == 3
+    seen = {"attend": [], "gradients": []}
+    for name, blocks in seen.items():
+        whole = getattr(AtenBackend, name)
+
+        def recorded(self, attention, block, *rest, whole=whole, blocks=blocks):
+            blocks.append(block)
+            return whole(self, attention, block, *rest)
+
+        monkeypatch.setattr(AtenBackend, name, recorded)
+    single(AtenBackend(), attention_of(MASKS[0]), step, inputs(Shape(9, 3), with_dlse=False))
+    assert seen["attend"] == seen["gradients"] == list(split_tall(step).blocks)
 
 
 def test_long_rows_cross_the_tiles_of_the_cpu_kernel():
@@ -456,12 +519,10 @@ GPU_MASKS = [
     (False, (0, -1)),
     (False, (-1, 33)),
 ]
-GPU_DTYPES = [torch.bfloat16, torch.float16]
 
 
 @on_gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask", GPU_MASKS, ids=mask_id)
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
@@ -470,37 +531,33 @@ def test_aten_on_a_gpu(layout, size, mask, dtype):
     given = inputs(Shape(local_len * size, local_len * size, 1, 4, 2, 64), dtype, device="cuda")
     assert AtenBackend().unsupported(attention_of(mask), *given[:3]) == []
     got = ring(AtenBackend(), attention_of(mask), layout, size, given)
-    check_bound(got, mask, given, oracle.chunked, "cuda")
+    seen = oracle.visible(range(local_len * size), range(local_len * size), *mask, device="cuda")
+    check_bound_on_gpu(got, seen, given)
 
 
 @on_gpu
-@needs_gpu
 @pytest.mark.parametrize("heads", [(2, 2), (8, 1)], ids=lambda h: f"{h[0]}over{h[1]}")
 @pytest.mark.parametrize("head_dim", [8, 40, 96, 128, 192, 224, 256])
 def test_aten_on_a_gpu_in_every_width(head_dim, heads):
     given = inputs(Shape(774, 774, 2, *heads, head_dim), torch.bfloat16, device="cuda")
     for mask in GPU_MASKS[1:4]:
         got = ring(AtenBackend(), attention_of(mask), "zigzag", 3, given)
-        check_bound(got, mask, given, oracle.chunked, "cuda")
+        seen = oracle.visible(range(774), range(774), *mask, device="cuda")
+        check_bound_on_gpu(got, seen, given)
 
 
 @on_gpu
-@needs_gpu
 @pytest.mark.parametrize(
     "lengths", [(200, 200), (130, 400), (400, 130), (1, 64), (64, 1), (2, 3)], ids=str
 )
 def test_aten_on_a_gpu_every_kind_of_band(lengths):
     for step in bands(*lengths):
-        given = inputs(Shape(step.q_len, step.k_len), torch.bfloat16, device="cuda")
+        given = inputs(Shape(step.q_len, step.k_len, 8, 4, 2, 64), torch.bfloat16, device="cuda")
         got = single(AtenBackend(), attention_of(MASKS[0]), step, given)
-        seen, (q, k, v, dout, dlse) = mask_of(step, "cuda"), given
-        want = oracle.chunked(*(x.double() for x in (q, k, v)), seen, dout, dlse, SCALE)
-        in_dtype = oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE)
-        assert not oracle.beyond_bound(got, want, in_dtype), step
+        check_bound_on_gpu(got, mask_of(step, "cuda"), given)
 
 
 @on_gpu
-@needs_gpu
 def test_aten_on_a_gpu_takes_any_strides():
     """Rows that do not start on 16 bytes, D strided, views of a packed qkv, an expanded dout."""
     step = plan_local(attention_of(MASKS[1]), 256, 256)
@@ -524,7 +581,6 @@ def test_aten_on_a_gpu_takes_any_strides():
 
 
 @on_gpu
-@needs_gpu
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
 def test_dlse_of_any_size_on_a_gpu(size):
     given = inputs(Shape(512, 512, head_dim=64), torch.float16, device="cuda")
@@ -537,9 +593,9 @@ def test_dlse_of_any_size_on_a_gpu(size):
 
 
 @on_gpu
-@needs_gpu
 def test_a_long_sequence_on_a_gpu():
     given = inputs(Shape(8192, 8192, 1, 8, 2, 128), torch.bfloat16, device="cuda")
+    seen = oracle.visible(range(8192), range(8192), True, device="cuda")
     for layout in oracle.LAYOUTS:
         got = ring(AtenBackend(), attention_of(MASKS[1]), layout, 8, given)
-        check_bound(got, MASKS[1], given, oracle.chunked, "cuda")
+        check_bound_on_gpu(got, seen, given)

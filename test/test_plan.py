@@ -12,6 +12,7 @@ from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import KINDS, Layout, Run
 from ring_flash_attn.core.plan import (
     Block,
+    StepPlan,
     _same_mask,
     block_between,
     merge,
@@ -236,6 +237,15 @@ def test_one_device_aligns_the_last_rows(mask):
         assert len(step.blocks) <= 1
         for block in step.blocks:
             check_block(block)
+
+
+def test_unseen_ranges_of_blocks_that_share_rows():
+    blocks = (Block(1, 9, 0, 2, -8, 0), Block(2, 4, 5, 7, 1, 4), Block(6, 7, 8, 9, 2, 2))
+    step = StepPlan(1, 0, blocks, 12, 10)
+    assert step.unseen_q() == ((0, 1), (9, 12))
+    assert step.unseen_k() == ((2, 5), (7, 8), (9, 10))
+    assert StepPlan(0, 0, (), 3, 0).unseen_q() == ((0, 3),)
+    assert StepPlan(0, 0, (), 3, 0).unseen_k() == ()
 
 
 def test_runs_of_different_stride_under_a_mask_are_refused():

@@ -226,5 +226,14 @@ def test_an_error_of_one_percent_fails_the_comparison(tensor: str):
     assert f"triton zigzag: {tensor} has relative error" in result.stdout
 
 
+def test_the_quick_test_passes_within_a_minute():
+    script = Path(__file__).with_name("quick_test_triton.py")
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASSED in" in result.stdout
+
+
 if __name__ == "__main__":
     sys.exit(main())

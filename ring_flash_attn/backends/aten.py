@@ -4,12 +4,16 @@ On CUDA a block's out, dq, dk, dv come rounded to 16 bits and are folded in floa
 block results are in the state's dtype.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ..core.attention import Attention
-from ..core.plan import Block
-from .base import Saved, state_dtype
+from ..core.plan import Block, StepPlan, trim
+from .base import GradTarget, Saved, state_dtype
 from .blocks import BlockBackend
 from .reference import band_mask
 
@@ -37,6 +41,31 @@ class AtenBackend(BlockBackend):
         if q.dtype not in _CPU_DTYPES:
             reasons.append(f"computes in {_names(_CPU_DTYPES)} on cpu, got {q.dtype}")
         return reasons
+
+    def forward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        super().forward(attention, split_tall(step_plan), q, k, v, out, lse)
+
+    def backward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dkv_target: Callable[[], GradTarget],
+    ) -> None:
+        super().backward(attention, split_tall(step_plan), saved, q, k, v, dq, dkv_target)
 
     def attend(
         self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
@@ -83,6 +112,30 @@ class AtenBackend(BlockBackend):
             attention.softmax_scale, block, saved._replace(dout=weighted), q, k, v
         )
         return more_dq, summed.to(dlse.dtype) * (attention.softmax_scale * peak)
+
+
+@lru_cache(maxsize=512)
+def split_tall(step_plan: StepPlan) -> StepPlan:
+    """Cut the blocks that FlashAttention-2 cannot express along query rows, into ones it can.
+
+    It takes a right window of at least the number of keys for an open one, and an open one beside
+    a bounded left for exactly that number. Both are wrong for a block of more queries than keys,
+    whose first rows then see too much or nothing.
+    """
+    blocks = [piece for block in step_plan.blocks for piece in _row_pieces(block)]
+    return step_plan._replace(blocks=tuple(blocks))
+
+
+def _row_pieces(block: Block) -> list[Block]:
+    """Return the rows that `hi` cuts, those that see all keys, and the rest, each as a block."""
+    _, right = block.window
+    if block.full or right < block.k_end - block.k_begin:
+        return [block]
+    cut_above = min(block.q_end, block.k_end - 1 - block.hi)  # the first row that hi leaves whole
+    cut_below = max(cut_above, min(block.q_end, block.k_begin - block.lo + 1))
+    rows = (block.q_begin, cut_above, cut_below, block.q_end)
+    pieces = (trim(block._replace(q_begin=a, q_end=b)) for a, b in pairwise(rows))
+    return [piece for piece in pieces if piece is not None]
 
 
 def _unsupported_on_cuda(attention: Attention, q: Tensor) -> list[str]:
@@ -184,7 +237,8 @@ def _cpu_backward(
 def _open_window(block: Block) -> tuple[int, int]:
     """Return the block's bottom-right window, -1 on a side that hides nothing.
 
-    A side written out as a number would take the kernels' slower path for windows.
+    A side written out as a number takes the kernels' slower path for windows: 1.16 instead of
+    0.95 ms, causal forward of (1, 8192, 16, 128), H100, torch 2.11, 2026-11-22.
     """
     left, right = block.window
     if left >= block.k_end - block.k_begin - 1:

@@ -4,12 +4,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import select_backend
+from .agree import agreement
 from .function import Call, RingAttention, run_backward, run_forward
 from .plan import RingPlan, plan_local, plan_ring
 from .validate import (
     check_attention,
     check_backward,
-    check_group,
     check_layouts,
     check_tensors,
 )
@@ -50,18 +50,20 @@ def ring_attention(
         NotImplementedError: no backend of that name runs it; lists every reason.
         All are raised before anything is sent.
     """
-    call = ring_call(
-        q,
-        k,
-        v,
-        layout,
-        backend,
-        group,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        deterministic=deterministic,
-    )
+    with agreement(group) as same:
+        call = ring_call(
+            q,
+            k,
+            v,
+            layout,
+            backend,
+            group,
+            same,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            deterministic=deterministic,
+        )
     return RingAttention.apply(q, k, v, call)
 
 
@@ -72,19 +74,27 @@ def ring_call(
     layout: str,
     backend: str,
     group: dist.ProcessGroup | None,
+    same: dict[str, str] | None,
     **options,
 ) -> Call:
     """Check every argument of a distributed call and return all but the tensors as one value.
 
-    `options` are flash-attn's softmax_scale, causal, window_size, dropout_p, alibi_slopes and
-    deterministic, as `check_attention` takes them.
+    Args:
+        same: gets what the ranks must agree on, in words, unless None. See `agreement`.
+        options: flash-attn's softmax_scale, causal, window_size, dropout_p, alibi_slopes and
+            deterministic, as `check_attention` takes them.
     """
     check_tensors(q, k, v)
     attention = check_attention(q.shape[-1], **options)
-    world_size = check_group(group)
-    q_layout, k_layout = check_layouts(layout, attention, q, k, world_size)
+    q_layout, k_layout = check_layouts(layout, attention, q, k, dist.get_world_size(group))
     runs = select_backend(backend, attention, q, k, v)
     plan = plan_ring(attention, q_layout, k_layout, dist.get_rank(group))
+    if same is not None:
+        same["q shape"] = str(list(q.shape))
+        same["k and v shape"] = str(list(k.shape))
+        same["dtype"] = str(q.dtype)
+        same["layout"] = layout
+        same["mask and scale"] = str(attention)
     return Call(attention, plan, runs, group)
 
 

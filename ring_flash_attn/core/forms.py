@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
+from .agree import agreement
 from .api import ring_call
 from .function import RingAttention, run_backward, run_forward
 from .validate import check_backward, check_bool, check_packed, check_tensor
@@ -97,13 +98,11 @@ def func(name: str, module: str, layout: str, backend: str):
         return_attn_probs: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> Result:
-        check_bool("return_attn_probs", return_attn_probs)
-        call = ring_call(
-            q,
-            k,
-            v,
+        return _run(
+            lambda: (q, k, v),
             layout,
             backend,
+            return_attn_probs,
             group,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -112,15 +111,12 @@ def func(name: str, module: str, layout: str, backend: str):
             alibi_slopes=alibi_slopes,
             deterministic=deterministic,
         )
-        out, lse = RingAttention.apply(q, k, v, call)
-        return (out, lse, None) if return_attn_probs else out
 
     return _named(form, name, module, layout, backend, _FUNC_DOC, tensors=_QKV, example="q, k, v")
 
 
 def kvpacked_func(name: str, module: str, layout: str, backend: str):
     """Return the form (q, kv, ...) under a public name."""
-    unpacked = func(name, module, layout, backend)
 
     def form(
         q: Tensor,
@@ -134,21 +130,18 @@ def kvpacked_func(name: str, module: str, layout: str, backend: str):
         return_attn_probs: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> Result:
-        check_tensor("q", q, ("B", "L", "H", "D"))
-        check_packed("kv", kv, ("B", "L", "2", "Hk", "D"), 2)
-        k, v = kv.unbind(2)
-        return unpacked(
-            q,
-            k,
-            v,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            alibi_slopes,
-            deterministic,
+        return _run(
+            lambda: _unpack_kv(q, kv),
+            layout,
+            backend,
             return_attn_probs,
             group,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            dropout_p=dropout_p,
+            alibi_slopes=alibi_slopes,
+            deterministic=deterministic,
         )
 
     return _named(
@@ -158,7 +151,6 @@ def kvpacked_func(name: str, module: str, layout: str, backend: str):
 
 def qkvpacked_func(name: str, module: str, layout: str, backend: str):
     """Return the form (qkv, ...) under a public name."""
-    unpacked = func(name, module, layout, backend)
 
     def form(
         qkv: Tensor,
@@ -171,20 +163,18 @@ def qkvpacked_func(name: str, module: str, layout: str, backend: str):
         return_attn_probs: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> Result:
-        check_packed("qkv", qkv, ("B", "L", "3", "H", "D"), 3)
-        q, k, v = qkv.unbind(2)
-        return unpacked(
-            q,
-            k,
-            v,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            alibi_slopes,
-            deterministic,
+        return _run(
+            lambda: _unpack_qkv(qkv),
+            layout,
+            backend,
             return_attn_probs,
             group,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            dropout_p=dropout_p,
+            alibi_slopes=alibi_slopes,
+            deterministic=deterministic,
         )
 
     return _named(
@@ -207,20 +197,22 @@ def forward(name: str, module: str, layout: str, backend: str):
         alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        call = ring_call(
-            q,
-            k,
-            v,
-            layout,
-            backend,
-            process_group,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            dropout_p=dropout_p,
-            alibi_slopes=alibi_slopes,
-            deterministic=deterministic,
-        )
+        with agreement(process_group) as same:
+            call = ring_call(
+                q,
+                k,
+                v,
+                layout,
+                backend,
+                process_group,
+                same,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                dropout_p=dropout_p,
+                alibi_slopes=alibi_slopes,
+                deterministic=deterministic,
+            )
         return run_forward(call, q, k, v)
 
     return _named(form, name, module, layout, backend, _FORWARD_DOC)
@@ -244,21 +236,23 @@ def backward(name: str, module: str, layout: str, backend: str):
         alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = ring_call(
-            q,
-            k,
-            v,
-            layout,
-            backend,
-            process_group,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            dropout_p=dropout_p,
-            alibi_slopes=alibi_slopes,
-            deterministic=deterministic,
-        )
-        check_backward(dout, q, out, softmax_lse)
+        with agreement(process_group) as same:
+            call = ring_call(
+                q,
+                k,
+                v,
+                layout,
+                backend,
+                process_group,
+                same,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                dropout_p=dropout_p,
+                alibi_slopes=alibi_slopes,
+                deterministic=deterministic,
+            )
+            check_backward(dout, q, out, softmax_lse)
         return run_backward(call, dout, q, k, v, out, softmax_lse)
 
     return _named(form, name, module, layout, backend, _BACKWARD_DOC)
@@ -286,20 +280,49 @@ class BatchFunction(RingAttention):
         group: dist.ProcessGroup | None,
     ) -> Result:
         """Run the forward; (out, lse, None) with `return_softmax`, else out."""
-        run = func(cls.__name__, cls.__module__, cls.layout, cls.backend)
-        return run(
-            q,
-            k,
-            v,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            alibi_slopes,
-            deterministic,
+        return _run(
+            lambda: (q, k, v),
+            cls.layout,
+            cls.backend,
             return_softmax,
             group,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            dropout_p=dropout_p,
+            alibi_slopes=alibi_slopes,
+            deterministic=deterministic,
         )
+
+
+def _run(
+    unpack: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    layout: str,
+    backend: str,
+    return_attn_probs: bool,
+    group: dist.ProcessGroup | None,
+    **options,
+) -> Result:
+    """Check, let the ranks agree, and run: what every form does once it has its arguments."""
+    with agreement(group) as same:
+        check_bool("return_attn_probs", return_attn_probs)
+        q, k, v = unpack()
+        call = ring_call(q, k, v, layout, backend, group, same, **options)
+    out, lse = RingAttention.apply(q, k, v, call)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _unpack_kv(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_tensor("q", q, ("B", "L", "H", "D"))
+    check_packed("kv", kv, ("B", "L", "2", "Hk", "D"), 2)
+    k, v = kv.unbind(2)
+    return q, k, v
+
+
+def _unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_packed("qkv", qkv, ("B", "L", "3", "H", "D"), 3)
+    q, k, v = qkv.unbind(2)
+    return q, k, v
 
 
 def _named(

@@ -1,0 +1,78 @@
+"""Ranks compare what they are about to do, so that a mismatch raises everywhere instead of hanging.
+
+A ring whose ranks disagree on a shape, a dtype or a mask hangs or computes garbage, and a rank
+that raises alone leaves the others waiting. So the first calls of each group end their checks
+with one exchange: of what each rank was asked to do, or of the error that it is about to raise.
+Later calls cost one dictionary lookup. RING_FLASH_ATTN_CHECK=1 exchanges on every call.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from .validate import check_group
+
+EXCHANGED_CALLS = 2
+_ERROR = "error"
+# Calls that each group has made so far. Every rank of a group makes the same calls.
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def agreement(group: dist.ProcessGroup | None) -> Iterator[dict[str, str] | None]:
+    """Yield a dict to fill with what this rank does, and compare it on leaving; None if not due.
+
+    An error inside is exchanged too, and raised here as it is and on the other ranks as a
+    ValueError that names this rank.
+
+    Raises:
+        ValueError: ranks differ; names each field and what every rank has.
+    """
+    world_size = check_group(group)
+    if not _due(group, world_size):
+        yield None
+        return
+    mine: dict[str, str] = {}
+    try:
+        yield mine
+    except (TypeError, ValueError, NotImplementedError) as error:
+        _exchange(group, world_size, {_ERROR: f"{type(error).__name__}: {error}"})
+        raise
+    _compare(_exchange(group, world_size, mine))
+
+
+def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
+    if world_size == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return False
+    member = dist.group.WORLD if group is None else group
+    count = _calls.get(member, 0)
+    if count < EXCHANGED_CALLS:
+        _calls[member] = count + 1
+        return True
+    return os.environ.get("RING_FLASH_ATTN_CHECK") == "1"
+
+
+def _exchange(
+    group: dist.ProcessGroup | None, world_size: int, mine: dict[str, str]
+) -> list[dict[str, str]]:
+    everyone: list[dict[str, str]] = [{} for _ in range(world_size)]
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _compare(everyone: list[dict[str, str]]) -> None:
+    failed = {rank: other[_ERROR] for rank, other in enumerate(everyone) if _ERROR in other}
+    if failed:
+        told = "; ".join(f"rank {rank} of the group raised {text}" for rank, text in failed.items())
+        raise ValueError(f"{told}. No rank goes on, since the ring needs all of them")
+    differing = [
+        f"{field}: " + ", ".join(f"rank {rank} has {x[field]}" for rank, x in enumerate(everyone))
+        for field in everyone[0]
+        if len({other[field] for other in everyone}) > 1
+    ]
+    if differing:
+        raise ValueError("the ranks of the group must agree on " + "; ".join(differing))

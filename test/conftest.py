@@ -1,0 +1,44 @@
+"""Runs Triton kernels in the interpreter where there is no GPU, and sees to it that some ran."""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Read when Triton is imported; ranks that tests start inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_collected: Counter[str] = Counter()
+_passed: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("gpu") or item.get_closest_marker("kernel"):
+            _collected[item.path.name] += 1
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed and "gpu" not in report.keywords:
+        _passed[report.nodeid.split("::")[0].rsplit("/")[-1]] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run without a GPU in which a file of GPU tests ran nothing on the CPU."""
+    if ON_GPU or exitstatus != 0 or session.config.option.collectonly:
+        return
+    idle = sorted(name for name in _collected if not _passed[name])
+    if idle:
+        print(f"\nno case ran on the CPU in {', '.join(idle)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
