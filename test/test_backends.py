@@ -32,11 +32,6 @@ MASKS = [
 BACKENDS = {backend.name: backend for backend in (ReferenceBackend(), AtenBackend())}
 
 
-def on_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-    return pytest.mark.gpu(skip(test))
-
-
 class Shape(NamedTuple):
     """Global lengths and heads of one call."""
 
@@ -521,7 +516,7 @@ GPU_MASKS = [
 ]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask", GPU_MASKS, ids=mask_id)
 @pytest.mark.parametrize("size", [1, 4])
@@ -535,7 +530,7 @@ def test_aten_on_a_gpu(layout, size, mask, dtype):
     check_bound_on_gpu(got, seen, given)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(2, 2), (8, 1)], ids=lambda h: f"{h[0]}over{h[1]}")
 @pytest.mark.parametrize("head_dim", [8, 40, 96, 128, 192, 224, 256])
 def test_aten_on_a_gpu_in_every_width(head_dim, heads):
@@ -546,7 +541,7 @@ def test_aten_on_a_gpu_in_every_width(head_dim, heads):
         check_bound_on_gpu(got, seen, given)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "lengths", [(200, 200), (130, 400), (400, 130), (1, 64), (64, 1), (2, 3)], ids=str
 )
@@ -557,7 +552,7 @@ def test_aten_on_a_gpu_every_kind_of_band(lengths):
         check_bound_on_gpu(got, mask_of(step, "cuda"), given)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_aten_on_a_gpu_takes_any_strides():
     """Rows that do not start on 16 bytes, D strided, views of a packed qkv, an expanded dout."""
     step = plan_local(attention_of(MASKS[1]), 256, 256)
@@ -580,7 +575,7 @@ def test_aten_on_a_gpu_takes_any_strides():
     assert oracle.errors(got.dk, whole.dk).relative < 1e-3
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
 def test_dlse_of_any_size_on_a_gpu(size):
     given = inputs(Shape(512, 512, head_dim=64), torch.float16, device="cuda")
@@ -592,7 +587,7 @@ def test_dlse_of_any_size_on_a_gpu(size):
     assert not got.dv.any()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_long_sequence_on_a_gpu():
     given = inputs(Shape(8192, 8192, 1, 8, 2, 128), torch.bfloat16, device="cuda")
     seen = oracle.visible(range(8192), range(8192), True, device="cuda")
