@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import oracle
-from ring_flash_attn.backends.aten import AtenBackend, _open_window, split_tall
+from ring_flash_attn.backends.aten import AtenBackend
 from ring_flash_attn.backends.base import GradTarget, state_dtype
 from ring_flash_attn.backends.blocks import fold
+from ring_flash_attn.backends.fused import open_window, split_tall
 from ring_flash_attn.backends.reference import ReferenceBackend
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
@@ -333,7 +334,7 @@ def test_every_block_is_cut_into_windows_that_flash_attention_2_can_express(leng
             shown = torch.zeros(q_len, k_len, dtype=torch.int)
             for b in cut.blocks:
                 window = shown_by_flash_attention_2(
-                    b.q_end - b.q_begin, b.k_end - b.k_begin, *_open_window(b)
+                    b.q_end - b.q_begin, b.k_end - b.k_begin, *open_window(b)
                 )
                 shown[b.q_begin : b.q_end, b.k_begin : b.k_end] += window
             assert torch.equal(shown, mask_of(step).int()), (block, cut.blocks)

@@ -1,0 +1,156 @@
+"""Backends over a fused flash-attention kernel: one call a block, in either direction.
+
+A subclass gives the two calls, `kernel_forward` and `kernel_backward`. What such kernels share is
+here: they compute rowsum(dout * out) inside, know no gradient of lse, and state a band as a
+bottom-right window.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..core.attention import Attention
+from ..core.plan import Block, StepPlan, trim
+from .base import GradTarget, Saved
+from .blocks import BlockBackend
+
+_ALIGNMENT = 8  # elements of 16 bits: the CUDA kernels load 16 bytes at a time
+
+
+class FusedBackend(BlockBackend):
+    """One call of a fused kernel per block."""
+
+    def kernel_forward(
+        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out [B, n, H, D], lse [B, H, n]) of a block."""
+        raise NotImplementedError
+
+    def kernel_backward(
+        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a block's (dq, dk, dv) from the final out and lse, without dlse."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        super().forward(attention, split_tall(step_plan), q, k, v, out, lse)
+
+    def backward(
+        self,
+        attention: Attention,
+        step_plan: StepPlan,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dkv_target: Callable[[], GradTarget],
+    ) -> None:
+        super().backward(attention, split_tall(step_plan), saved, q, k, v, dq, dkv_target)
+
+    def attend(
+        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernel_forward(attention, block, q, k, v)
+
+    def gradients(
+        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self.kernel_backward(attention, block, saved, q, k, v)
+        if saved.dlse is None:
+            return dq, dk, dv
+        more_dq, more_dk = self._gradients_of_lse(attention, block, saved, saved.dlse, q, k, v)
+        return dq + more_dq, dk + more_dk, dv
+
+    def _gradients_of_lse(
+        self,
+        attention: Attention,
+        block: Block,
+        saved: Saved,
+        dlse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what dlse adds to a block's (dq, dk), in the state's dtype.
+
+        The kernels know no dlse. It adds scale * p * dlse to dscores, p = exp(score - final lse):
+
+            dq_i += scale * dlse_i * sum_j p_ij k_j    a forward whose v is k, rescaled from the
+                                                       block's own lse to the final one
+            dk_j += scale * sum_i p_ij (dlse_i q_i)    dv of a backward whose dout is dlse * q
+        """
+        mean_key, block_lse = self.kernel_forward(attention, block, q, k, k)
+        share = attention.softmax_scale * dlse * torch.exp(block_lse - saved.lse)
+        more_dq = mean_key.to(dlse.dtype) * _per_row(share)
+        # Scaled to 1 at most, so that float16 neither overflows nor loses a small dlse.
+        peak = dlse.abs().amax().clamp_min(torch.finfo(dlse.dtype).tiny)
+        weighted = q.to(dlse.dtype) * _per_row(dlse / peak)
+        *_, summed = self.kernel_backward(attention, block, saved._replace(dout=weighted), q, k, v)
+        return more_dq, summed.to(dlse.dtype) * (attention.softmax_scale * peak)
+
+
+@lru_cache(maxsize=512)
+def split_tall(step_plan: StepPlan) -> StepPlan:
+    """Cut the blocks that FlashAttention-2 cannot express along query rows, into ones it can.
+
+    It takes a right window of at least the number of keys for an open one, and an open one beside
+    a bounded left for exactly that number. Both are wrong for a block of more queries than keys,
+    whose first rows then see too much or nothing.
+    """
+    blocks = [piece for block in step_plan.blocks for piece in _row_pieces(block)]
+    return step_plan._replace(blocks=tuple(blocks))
+
+
+def _row_pieces(block: Block) -> list[Block]:
+    """Return the rows that `hi` cuts, those that see all keys, and the rest, each as a block."""
+    _, right = block.window
+    if block.full or right < block.k_end - block.k_begin:
+        return [block]
+    cut_above = min(block.q_end, block.k_end - 1 - block.hi)  # the first row that hi leaves whole
+    cut_below = max(cut_above, min(block.q_end, block.k_begin - block.lo + 1))
+    rows = (block.q_begin, cut_above, cut_below, block.q_end)
+    pieces = (trim(block._replace(q_begin=a, q_end=b)) for a, b in pairwise(rows))
+    return [piece for piece in pieces if piece is not None]
+
+
+def open_window(block: Block) -> tuple[int, int]:
+    """Return the block's bottom-right window, -1 on a side that hides nothing.
+
+    A side written out as a number takes the kernels' slower path for windows: 1.16 instead of
+    0.95 ms, causal forward of (1, 8192, 16, 128), H100, torch 2.11, 2026-11-22.
+    """
+    left, right = block.window
+    if left >= block.k_end - block.k_begin - 1:
+        left = -1
+    if right >= block.q_end - block.q_begin - 1:
+        right = -1
+    return left, right
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x [B, n, H, D], copied if the CUDA kernels cannot load its rows 16 bytes at a time."""
+    offsets = (x.storage_offset(), *x.stride()[:-1])
+    fits = x.stride(-1) == 1 and not any(offset % _ALIGNMENT for offset in offsets)
+    return x if fits else x.contiguous()
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """View [B, H, n] as [B, n, H, 1]."""
+    return x.transpose(1, 2).unsqueeze(-1)
