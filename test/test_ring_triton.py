@@ -42,9 +42,10 @@ def test_float32_ring_equals_dense(world_size: int, index: int):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("world_size", [1, 3], ids=lambda n: f"P{n}")
 def test_16_bit_ring_errs_at_most_twice_as_much_as_dense(world_size: int, dtype, index: int):
-    for rank, errors in enumerate(measured(world_size, dtype)):
-        for tensor in TENSORS:
-            ours, dense = errors[index][tensor]
-            for measure in ("max_abs", "rmse"):
-                bound = 2 * getattr(dense, measure) + 1e-5
-                assert getattr(ours, measure) <= bound, f"{tensor} on rank {rank}, {measure}"
+    ranks = [errors[index] for errors in measured(world_size, dtype)]
+    for tensor in TENSORS:
+        # Over the whole sequence: a few rows alone would compare two draws of rounding noise.
+        for measure in ("max_abs", "rmse"):
+            ours = max(getattr(rank[tensor].ours, measure) for rank in ranks)
+            dense = max(getattr(rank[tensor].dense, measure) for rank in ranks)
+            assert ours <= 2 * dense + 1e-5, f"{tensor}, {measure}"

@@ -5,18 +5,22 @@ from torch import Tensor
 from ..core.attention import Attention
 from .aten import AtenBackend
 from .base import Backend
+from .flash import Flash2Backend, Flash3Backend, Flash4Backend
 from .reference import ReferenceBackend
 
-NAMES = ("native", "triton", "aten", "reference")
+NAMES = ("native", "triton", "flash2", "flash3", "flash4", "aten", "reference")
+_NATIVE = (Flash3Backend(), Flash2Backend(), AtenBackend())
+_BY_NAME = {backend.name: backend for backend in (*_NATIVE, Flash4Backend(), ReferenceBackend())}
 
 
 def select_backend(name: str, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Backend:
     """Return the backend that runs a call, before anything is sent.
 
-    `native` takes the first that supports the input: `aten` (torch's own flash attention), then,
-    on CPU tensors only, `reference` (dense: memory grows with the square of the length, so a GPU
-    is never sent there unasked). Every other name is that backend or an error; none falls back
-    to another in silence.
+    `native` takes the first that supports the input: `flash3` (FlashAttention-3, on sm_90), then
+    `flash2` (the package flash-attn), then `aten` (torch's own flash attention), then, on CPU
+    tensors only, `reference` (dense: memory grows with the square of the length, so a GPU is never
+    sent there unasked). Every other name is that backend or an error; none falls back to another
+    in silence.
 
     Raises:
         ValueError: unknown name.
@@ -42,7 +46,6 @@ def _candidates(name: str, q: Tensor) -> list[Backend]:
         from .triton import TritonBackend
 
         return [TritonBackend()]
-    if name == "native":
-        dense: list[Backend] = [ReferenceBackend()] if q.device.type == "cpu" else []
-        return [AtenBackend(), *dense]
-    return [AtenBackend() if name == "aten" else ReferenceBackend()]
+    if name != "native":
+        return [_BY_NAME[name]]
+    return [*_NATIVE, *([_BY_NAME["reference"]] if q.device.type == "cpu" else [])]

@@ -49,6 +49,7 @@ def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
     if world_size == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return False
     member = dist.group.WORLD if group is None else group
+    assert member is not None, "check_group has passed"
     count = _calls.get(member, 0)
     if count < EXCHANGED_CALLS:
         _calls[member] = count + 1

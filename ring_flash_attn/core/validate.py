@@ -5,7 +5,6 @@ Every error names the argument, what came and what was expected.
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch.distributed as dist
 from torch import Tensor
@@ -74,7 +73,7 @@ def check_attention(
         raise NotImplementedError("alibi_slopes: no backend of this library has alibi, pass None")
     _check_dropout(dropout_p)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if isinstance(scale, bool) or not isinstance(scale, Real):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"softmax_scale must be a number or None, got {type(scale).__name__}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"softmax_scale must be finite and > 0, got {scale}")
@@ -88,7 +87,7 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def _check_dropout(dropout_p: float) -> None:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
