@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..core.attention import Attention
 from ..core.plan import Block, StepPlan
 from ..core.tables import Tables, key_tables, query_tables
-from ..kernels.configs import (
-    DTYPES,
-    INTERPRETER,
-    MAX_HEAD_DIM,
-    Choice,
-    LaunchConfig,
-    block_d,
-    launch_config,
-)
+from ..kernels import configs
 from ..kernels.delta import _delta_kernel
 from ..kernels.dkv import _bwd_kernel_dkv
 from ..kernels.dq import _bwd_kernel_dq
@@ -33,16 +25,6 @@ from .base import GradTarget, Saved
 L2_BYTES = 32 << 20
 DELTA_ROWS = 64
 
-Lookup = Callable[[int, int, str, str], Choice]
-
-
-class DeviceTables(NamedTuple):
-    """Tables on a device: tiles [n_tiles, 4] and entries [n, 4], int32."""
-
-    tiles: Tensor
-    entries: Tensor
-    n_tiles: int
-
 
 class TritonBackend:
     """Runs the kernels of kernels/, which accumulate in float32 and write the state themselves.
@@ -53,7 +35,7 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, lookup: Lookup = launch_config) -> None:
+    def __init__(self, lookup: configs.Lookup = configs.launch_config) -> None:
         """Take launch configurations from `lookup`: a search script or a test brings its own."""
         self._lookup = lookup
 
@@ -62,18 +44,15 @@ class TritonBackend:
         reasons = []
         if not INTERPRETED.value:
             reasons += _unsupported_device(q.device)
-        if _dtype_name(q) not in DTYPES:
-            reasons.append(
-                f"triton needs bfloat16, float16 or float32, got {q.dtype}; reference takes it"
-            )
+        if _dtype_name(q) not in configs.DTYPES:
+            known = ", ".join(configs.DTYPES)
+            reasons.append(f"triton needs one of {known}, got {q.dtype} (use reference)")
         if not q.dtype == k.dtype == v.dtype:
             reasons.append(f"triton needs one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-        head_dim = q.shape[-1]
-        if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-            reasons.append(
-                f"triton needs a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, "
-                f"got {head_dim}; reference takes it"
-            )
+        head_dim, limit = q.shape[-1], configs.MAX_HEAD_DIM
+        if head_dim % 8 or not 8 <= head_dim <= limit:
+            need = f"a head_dim that is a multiple of 8 up to {limit}"
+            reasons.append(f"triton needs {need}, got {head_dim} (use reference)")
         if v.shape[-1] != head_dim:
             reasons.append(f"triton needs v as wide as k, got {v.shape[-1]} and {head_dim}")
         return reasons
@@ -88,23 +67,20 @@ class TritonBackend:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """As Backend.forward; `out` may also be of the input's dtype, then each step rounds it."""
-        if not step_plan.blocks:
-            return
-        config = self._config(q, "forward")
-        tables = device_tables(query_tables, step_plan.blocks, config.block_m, q.device)
-        common = _query_arguments(attention, config, tables, q, k)
-        with _on(q.device):
-            _fwd_kernel[(tables.n_tiles * common["n_heads"],)](
-                **_sources(config, {"q": q}, {"k": k, "v": v}),
-                out_ptr=out,
-                lse_ptr=lse,
-                out_strides=_strides(out),
-                lse_stride_batch=lse.stride(0),
-                lse_stride_head=lse.stride(1),
-                CARRY=not step_plan.first,
-                **common,
-            )
+        """As Backend.forward; `out` may also be of the input's dtype: then each step rounds it."""
+        self._launch(
+            _fwd_kernel,
+            "forward",
+            attention,
+            step_plan,
+            {"q": q, "k": k, "v": v},
+            out_ptr=out,
+            lse_ptr=lse,
+            out_strides=_strides(out),
+            lse_stride_batch=lse.stride(0),
+            lse_stride_head=lse.stride(1),
+            CARRY=not step_plan.first,
+        )
 
     def prepare_backward(
         self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
@@ -114,22 +90,13 @@ class TritonBackend:
         dlse = None if dlse is None else dlse.contiguous()
         batch, length, heads, head_dim = out.shape
         delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
+        constants = {"HEAD_DIM": head_dim, "BLOCK_M": DELTA_ROWS}
+        constants |= {"BLOCK_D": configs.block_d(head_dim), "HAS_DLSE": dlse is not None}
+        strides = _strides(out), _strides(dout)
+        launch: Any = _delta_kernel[(-(-length // DELTA_ROWS) * batch * heads,)]
         with _on(out.device):
-            _delta_kernel[(-(-length // DELTA_ROWS) * batch * heads,)](
-                out,
-                dout,
-                dlse,
-                delta,
-                _strides(out),
-                _strides(dout),
-                length,
-                heads,
-                HEAD_DIM=head_dim,
-                BLOCK_M=DELTA_ROWS,
-                BLOCK_D=block_d(head_dim),
-                HAS_DLSE=dlse is not None,
-            )
-        return Saved(dout, out, lse, dlse, delta)
+            launch(out, dout, dlse, delta, *strides, length, heads, **constants)
+        return Saved(dout, out, _unit_stride(lse), dlse, delta)
 
     def backward(
         self,
@@ -142,68 +109,96 @@ class TritonBackend:
         dq: Tensor,
         dkv_target: Callable[[], GradTarget],
     ) -> None:
-        """As Backend.backward; without blocks dkv_target is not called."""
+        """As Backend.backward: dq, then dkv_target(), then dk and dv. No blocks: no call."""
         if not step_plan.blocks:
             return
-        self._backward_dq(attention, step_plan, saved, q, k, v, dq)
-        self._backward_dkv(attention, step_plan, saved, q, k, v, dkv_target())
+        assert saved.delta is not None, "saved comes from another backend's prepare_backward"
+        sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
+        statistics = {
+            "lse_ptr": saved.lse,
+            "delta_ptr": saved.delta,
+            "lse_stride_batch": saved.lse.stride(0),
+            "lse_stride_head": saved.lse.stride(1),
+            "delta_stride_batch": saved.delta.stride(0),
+            "delta_stride_head": saved.delta.stride(1),
+        }
+        self._launch(
+            _bwd_kernel_dq,
+            "dq",
+            attention,
+            step_plan,
+            sources,
+            **statistics,
+            dq_ptr=dq,
+            dq_strides=_strides(dq),
+            ADD=not step_plan.first,
+        )
+        target = dkv_target()
+        self._launch(
+            _bwd_kernel_dkv,
+            "dkv",
+            attention,
+            step_plan,
+            sources,
+            **statistics,
+            dk_ptr=target.dk,
+            dv_ptr=target.dv,
+            dk_strides=_strides(target.dk),
+            dv_strides=_strides(target.dv),
+            ADD=target.add,
+        )
 
-    def _backward_dq(
+    def _launch(
         self,
+        kernel: Any,
+        pass_: str,
         attention: Attention,
         step_plan: StepPlan,
-        saved: Saved,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dq: Tensor,
+        sources: dict[str, Tensor],
+        **arguments: Any,
     ) -> None:
-        config = self._config(q, "dq")
-        tables = device_tables(query_tables, step_plan.blocks, config.block_m, q.device)
-        common = _query_arguments(attention, config, tables, q, k)
-        with _on(q.device):
-            _bwd_kernel_dq[(tables.n_tiles * common["n_heads"],)](
-                **_sources(config, {"q": q, "dout": saved.dout}, {"k": k, "v": v}),
-                **_statistics(saved),
-                dq_ptr=dq,
-                dq_strides=_strides(dq),
-                ADD=not step_plan.first,
-                **common,
-            )
+        """Launch `kernel` on every tile and head of the side that it writes.
 
-    def _backward_dkv(
-        self,
-        attention: Attention,
-        step_plan: StepPlan,
-        saved: Saved,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        target: GradTarget,
-    ) -> None:
-        config = self._config(q, "dkv")
-        tables = device_tables(key_tables, step_plan.blocks, config.block_n, q.device)
-        batch, key_heads = k.shape[0], k.shape[2]
-        group = q.shape[2] // key_heads
-        read_again = 2 * group * q.shape[1] * q.shape[3] * q.element_size()
+        Args:
+            sources: what it reads tile by tile: q, k, v, backward also dout.
+            arguments: what only this kernel takes.
+        """
+        if not step_plan.blocks:
+            return
+        q, k = sources["q"], sources["k"]
+        batch, q_len, heads, head_dim = q.shape
+        k_len, key_heads = k.shape[1:3]
+        group = heads // key_heads
+        config = self._lookup(_arch(q.device), head_dim, _dtype_name(q), pass_).config
+        if pass_ == "dkv":
+            # A key head's program reads q and dout of its group, again for every tile of keys.
+            tiles, entries = device_tables(key_tables, step_plan.blocks, config.block_n, q.device)
+            heads, sharing, rows_read = key_heads, 1, 2 * group * q_len
+            arguments["COPIES"] = config.copies
+        else:
+            # The group's programs share k and v.
+            tiles, entries = device_tables(query_tables, step_plan.blocks, config.block_m, q.device)
+            sharing, rows_read = group, 2 * k_len
+        in_l2 = L2_BYTES // (rows_read * head_dim * q.element_size())
         with _on(q.device):
-            _bwd_kernel_dkv[(tables.n_tiles * batch * key_heads,)](
-                **_sources(config, {"q": q, "dout": saved.dout}, {"k": k, "v": v}),
-                **_statistics(saved),
-                dk_ptr=target.dk,
-                dv_ptr=target.dv,
-                dk_strides=_strides(target.dk),
-                dv_strides=_strides(target.dv),
-                key_heads=key_heads,
-                ADD=target.add,
-                **_arguments(attention, config, tables, q.shape[3]),
-                n_heads=batch * key_heads,
-                heads_in_flight=max(1, L2_BYTES // read_again),
+            kernel[(len(tiles) * batch * heads,)](
+                **_source_arguments(config, sources),
+                **arguments,
+                tiles_ptr=tiles,
+                entries_ptr=entries,
+                n_tiles=len(tiles),
+                n_heads=batch * heads,
+                heads_in_flight=sharing * max(1, in_l2),
+                heads=heads,
                 group=group,
+                softmax_scale=attention.softmax_scale,
+                HEAD_DIM=head_dim,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                BLOCK_D=configs.block_d(head_dim),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
             )
-
-    def _config(self, q: Tensor, pass_: str) -> LaunchConfig:
-        return self._lookup(_arch(q.device), q.shape[3], _dtype_name(q), pass_).config
 
 
 @lru_cache(maxsize=512)
@@ -212,74 +207,25 @@ def device_tables(
     blocks: tuple[Block, ...],
     tile_rows: int,
     device: torch.device,
-) -> DeviceTables:
+) -> tuple[Tensor, Tensor]:
     """Build tables with `build` (query_tables or key_tables) and upload them, once a plan.
 
-    The copy blocks, so the tables may be read on every stream. A table that 511 younger plans have
-    pushed out of the cache is freed; its kernels are long done.
+    Returns tiles [n_tiles, 4] and entries [n, 4], int32.
+    The copy blocks, so the tables may be read on every stream. A table that 511 younger ones have
+    pushed out of the cache is freed; the kernels that read it are long done.
     """
     tables = build(blocks, tile_rows)
-    tiles, entries = (
-        torch.tensor(lines, dtype=torch.int32).to(device)
-        for lines in (tables.tiles, tables.entries)
-    )
-    return DeviceTables(tiles, entries, len(tables.tiles))
+    tiles, entries = (torch.tensor(x, dtype=torch.int32) for x in (tables.tiles, tables.entries))
+    return tiles.to(device), entries.to(device)
 
 
-def _query_arguments(
-    attention: Attention, config: LaunchConfig, tables: DeviceTables, q: Tensor, k: Tensor
-) -> dict:
-    """Return what forward and dQ, whose programs own query tiles, are launched with."""
-    batch, _, query_heads, head_dim = q.shape
-    group = query_heads // k.shape[2]
-    read_again = 2 * k.shape[1] * head_dim * k.element_size()
-    return {
-        **_arguments(attention, config, tables, head_dim),
-        "n_heads": batch * query_heads,
-        "heads_in_flight": group * max(1, L2_BYTES // read_again),
-        "query_heads": query_heads,
-        "group": group,
-    }
-
-
-def _arguments(
-    attention: Attention, config: LaunchConfig, tables: DeviceTables, head_dim: int
-) -> dict:
-    """Return what every attention kernel is launched with."""
-    return {
-        "tiles_ptr": tables.tiles,
-        "entries_ptr": tables.entries,
-        "n_tiles": tables.n_tiles,
-        "softmax_scale": attention.softmax_scale,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d(head_dim),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def _statistics(saved: Saved) -> dict:
-    """Return the arguments for lse and delta."""
-    assert saved.delta is not None, "saved comes from another backend's prepare_backward"
-    return {
-        "lse_ptr": saved.lse,
-        "delta_ptr": saved.delta,
-        "lse_stride_batch": saved.lse.stride(0),
-        "lse_stride_head": saved.lse.stride(1),
-        "delta_stride_batch": saved.delta.stride(0),
-        "delta_stride_head": saved.delta.stride(1),
-    }
-
-
-def _sources(config: LaunchConfig, queries: dict[str, Tensor], keys: dict[str, Tensor]) -> dict:
-    """Return the arguments for the tensors that are read: all by descriptor or all by pointer."""
-    tensors = {name: _unit_stride(x) for name, x in (queries | keys).items()}
-    tma = config.tma and all(_fits_descriptor(x) for x in tensors.values())
-    arguments: dict = {"TMA": tma}
-    for name, x in tensors.items():
-        rows = config.block_m if name in queries else config.block_n
+def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments for tensors that are read: all by descriptor or all by pointer."""
+    sources = {name: _unit_stride(x) for name, x in sources.items()}
+    tma = config.tma and all(_fits_descriptor(x) for x in sources.values())
+    arguments: dict[str, Any] = {"TMA": tma}
+    for name, x in sources.items():
+        rows = config.block_n if name in ("k", "v") else config.block_m
         arguments[name] = _descriptor(x, rows) if tma else x
         # A descriptor holds the strides itself; constant ones keep the kernel from recompiling.
         arguments[f"{name}_strides"] = (0, 0, 0) if tma else _strides(x)
@@ -295,7 +241,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     x = x.transpose(1, 2)
     aligned = 16 // x.element_size()
     strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in range(3)]
-    box = [1, 1, rows, block_d(x.shape[3])]
+    box = [1, 1, rows, configs.block_d(x.shape[3])]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], box)
 
 
@@ -339,7 +285,7 @@ def _unsupported_device(device: torch.device) -> list[str]:
 def _arch(device: torch.device) -> int:
     """Return a device's compute capability as kernels.configs counts it."""
     if INTERPRETED.value:
-        return INTERPRETER
+        return configs.INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

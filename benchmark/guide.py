@@ -1,0 +1,212 @@
+"""Write the performance part of COMPARISON_GUIDE.md from the CSV files: `python benchmark/guide.py`.
+
+Everything between <!-- results --> and <!-- /results --> is replaced; the newest run of each file
+is shown. With --check it writes nothing and exits with 1 if the guide is not current.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import rows
+from report import case_name, kernel_name, mask_name
+from tabulate import tabulate
+
+GUIDE = Path(__file__).resolve().parent.parent / "COMPARISON_GUIDE.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+Row = dict[str, str]
+
+RERUN = """### How to rerun
+
+```bash
+python benchmark/benchmark_kernels.py --csv benchmark/results/kernels.csv   # one GPU
+torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv
+python benchmark/plot.py && python benchmark/guide.py   # the pictures, and this part of the guide
+```
+
+`--help` lists every option: lengths, heads, masks, layouts, implementations. What is not installed
+is skipped with its reason. ring-flash-attn 0.1.8 and FlashAttention-3 are looked for in the folder
+that `PEERS` names. Where the machine has no git, pass `--commit` and `--tree` (`git rev-parse
+HEAD:ring_flash_attn`); a `tree` of 64 digits is `benchmark/tree_hash.py` of uncommitted changes.
+
+### How it is measured
+
+FLOPs are 4 B H D x (query-key pairs that the mask shows; S^2 / 2 if causal), backward 2.5 times
+that. Kernels: all implementations in turn, launches queued ahead, cold L2. Rings: all
+implementations in turn, the host waiting for each call, slowest rank. Share of kernel: the same
+kernel's time on one GPU for the local length, times P, over the ring's time. Errors: relative,
+against dense attention in float64. `+ state`: the kernel continues a float32 state or adds to
+float32 gradients, as every step of a ring after the first does.
+"""
+_TROUBLE = {
+    "everything is slower by the same factor": (
+        "Another GPU, or one that throttles. Compare ratios within a run, never times across runs; "
+        "`benchmark_kernels.py` prints the matmul ceiling first"
+    ),
+    "the ring's share of the kernel falls with the local length": (
+        "As it must: the work of a hop grows with the square of the length, its message with the "
+        "length. Short shards wait for the link"
+    ),
+    "contiguous causal is far slower than zigzag and stripe": (
+        "As it must: the last rank works in every step while the first works in one. Use zigzag or "
+        "stripe"
+    ),
+    "`gpu` says (shared)": (
+        "More ranks than GPUs, messages through host memory: no measure of speed"
+    ),
+    "an implementation is missing": "The run printed `skipped ...` with the reason",
+    "`share_of_kernel` is empty": (
+        "Under a window: P times the local work is not a rank's share of the global work"
+    ),
+    "the error columns are empty": (
+        "A global length beyond 16384, where float64 dense attention is not run"
+    ),
+}
+TROUBLE = "### Where numbers look wrong\n\n" + tabulate(
+    _TROUBLE.items(), headers=("symptom", "cause and what to do"), tablefmt="github"
+)
+
+
+def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
+    """Return the part as Markdown. `pictures`: folder of the plots, relative to the guide."""
+    kernels, rings = rows.newest_run(kernel_rows), rows.newest_run(ring_rows)
+    parts = []
+    if not kernels and not rings:
+        parts.append("Nothing is measured yet: `benchmark/results` holds no rows.\n")
+    if kernels:
+        parts += [f"### One GPU\n\n{_origin(kernels)}\n", _kernels_table(kernels)]
+        parts += [_ratios(kernels, "triton", "fa2"), _ratios(kernels, "triton", "fa3")]
+        parts.append(f"![TFLOP/s of one GPU]({pictures}/kernels.svg)\n")
+    if rings:
+        parts += [f"### Rings\n\n{_origin(rings)}\n", _rings_table(rings)]
+        parts += [_ratios(rings, "triton", f"upstream-fa{n}") for n in (2, 3)]
+        parts += [_ratios(rings, f"native-fa{n}", f"upstream-fa{n}") for n in (2, 3)]
+        parts.append(f"![TFLOP/s per GPU of the rings]({pictures}/ring.svg)\n")
+    return "\n".join(part for part in (*parts, RERUN, TROUBLE) if part)
+
+
+def _origin(found: list[Row]) -> str:
+    """Say where rows come from; every value that occurs, should a run have several."""
+
+    def every(column: str) -> str:
+        return " and ".join(dict.fromkeys(row[column] for row in found))
+
+    trees = dict.fromkeys(
+        f"commit {row['commit'][:12]}" if row["commit"] else f"uncommitted tree {row['tree'][:12]}"
+        for row in found
+    )
+    return (
+        f"Run {every('run')}, {every('date')}: {every('gpu')}, torch {every('torch')}, "
+        f"triton {every('triton')}, {' and '.join(trees)}."
+    )
+
+
+def _kernels_table(found: list[Row]) -> str:
+    lines: dict[tuple, dict[str, Row]] = {}
+    for row in found:
+        key = (case_name(row), row["dtype"], mask_name(row), kernel_name(row))
+        lines.setdefault(key, {})[row["pass"]] = row
+    table = []
+    for key, passes in lines.items():
+        line = list(key)
+        for pass_ in ("fwd", "bwd"):
+            row = passes.get(pass_)
+            line += [_ms(row), _number(row, "tflops", "{:.0f}"), _number(row, "rel_err", "{:.1e}")]
+        table.append(line)
+    columns = ["B,S,H/Hk,D", "dtype", "mask", "kernels"]
+    for pass_ in ("forward", "backward"):
+        columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s", "error"]
+    return tabulate(table, headers=columns, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def _rings_table(found: list[Row]) -> str:
+    lines: dict[tuple, dict[str, Row]] = {}
+    for row in found:
+        key = (row["world_size"], case_name(row), row["dtype"], mask_name(row), row["layout"])
+        lines.setdefault((*key, row["impl"]), {})[row["pass"]] = row
+    table = []
+    for key, passes in lines.items():
+        line = list(key)
+        for pass_ in ("fwd", "fwd_bwd"):
+            row = passes.get(pass_)
+            line += [_ms(row), _number(row, "tflops_per_gpu", "{:.0f}")]
+            line.append(_number(row, "share_of_kernel", "{:.0%}"))
+        row = passes.get("fwd_bwd") or passes.get("fwd")
+        line.append(_number(row, "peak_gib", "{:.2f}"))
+        errors = [_number(row, f"err_{name}", "{:.1e}") for name in ("out", "dq", "dk", "dv")]
+        table.append([*line, " ".join(x for x in errors if x)])
+    columns = ["P", "B,L,H/Hk,D", "dtype", "mask", "layout", "kernels"]
+    for pass_ in ("forward", "forward+backward"):
+        columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s a GPU", "of kernel"]
+    columns += ["peak GiB", "errors out dq dk dv"]
+    return tabulate(table, headers=columns, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def _ratios(found: list[Row], ours: str, rival: str) -> str:
+    """Say how many times as fast as `rival` is `ours`, pass by pass; "" if not both ran."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in found:
+        key = (row["pass"], row.get("layout", ""), case_name(row), mask_name(row), row["dtype"])
+        key += (row.get("world_size", ""), row["gpu"])
+        times.setdefault(key, {})[kernel_name(row)] = float(row["ms_p50"])
+    groups: dict[tuple[str, str], list[float]] = {}
+    for key, of in times.items():
+        if ours in of and rival in of:
+            groups.setdefault(key[:2], []).append(of[rival] / of[ours])
+    said = [
+        f"{layout}{' ' if layout else ''}{pass_} {min(x):.2f} to {max(x):.2f}"
+        for (pass_, layout), x in groups.items()
+    ]
+    if not said:
+        return ""
+    return f"Expect {ours} to be this many times as fast as {rival}: {'; '.join(said)}.\n"
+
+
+def _ms(row: Row | None) -> str:
+    if row is None:
+        return ""
+    p20, p50, p80 = (float(row[column]) for column in ("ms_p20", "ms_p50", "ms_p80"))
+    return f"{p50:.2f} ({p20:.2f}-{p80:.2f})"
+
+
+def _number(row: Row | None, column: str, form: str) -> str:
+    return form.format(float(row[column])) if row is not None and row[column] else ""
+
+
+def updated(text: str, part: str) -> str:
+    """Return the guide with its part replaced; a guide with only the first marker gets the second.
+
+    Raises:
+        ValueError: the guide has no first marker.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    if not begin:
+        raise ValueError(f"the guide has no line {BEGIN}")
+    _, end, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{part}\n{END}{after if end else rest}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--guide", type=Path, default=GUIDE)
+    parser.add_argument("--kernels", type=Path, default=rows.KERNELS_CSV)
+    parser.add_argument("--ring", type=Path, default=rows.RING_CSV)
+    options = parser.parse_args(arguments)
+    kernel_rows = rows.read(options.kernels, rows.KERNELS)
+    ring_rows = rows.read(options.ring, rows.RING)
+    text = options.guide.read_text(encoding="utf-8")
+    wanted = updated(text, render(kernel_rows, ring_rows, "benchmark/results"))
+    if text == wanted:
+        print(f"{options.guide.name} is current")
+        return 0
+    if options.check:
+        print(f"{options.guide.name} is not current: run python benchmark/guide.py")
+        return 1
+    options.guide.write_text(wanted, encoding="utf-8")
+    print(f"wrote {options.guide.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

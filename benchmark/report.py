@@ -1,0 +1,65 @@
+"""The tables that the benchmarks print, from rows as they go into the CSV files."""
+
+from tabulate import tabulate
+
+
+def kernels_table(measured: list[dict]) -> str:
+    """Return a table of rows, each with its speed over FlashAttention-2's of the same case."""
+    case_of = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "causal", "window", "pass")
+    baseline = {tuple(r[c] for c in case_of): r["ms_p50"] for r in measured if r["impl"] == "fa2"}
+    lines = []
+    for r in measured:
+        base = baseline.get(tuple(r[c] for c in case_of))
+        ratio = f"{base / r['ms_p50']:.2f}" if base else ""
+        error = "" if r["rel_err"] is None else f"{r['rel_err']:.2e}"
+        quantiles = (f"{r[c]:.3f}" for c in ("ms_p20", "ms_p50", "ms_p80"))
+        speed = (*quantiles, f"{r['tflops']:.0f}", ratio, error)
+        lines.append((case_name(r), mask_name(r), r["pass"], kernel_name(r), *speed))
+    columns = ("B,S,H/Hk,D", "mask", "pass", "kernel", "p20 ms", "p50", "p80")
+    return tabulate(
+        lines, headers=(*columns, "TFLOP/s", "x FA2", "rel. error"), disable_numparse=True
+    )
+
+
+def rings_table(measured: list[dict]) -> str:
+    """Return the table: the columns of the CSV, tokens/s, and speed over upstream's."""
+    case_of = ("local_len", "causal", "window", "layout", "pass")
+    times = {(*(r[c] for c in case_of), r["impl"]): r["ms_p50"] for r in measured}
+    lines = []
+    for r in measured:
+        ms = r["ms_p50"]
+        tokens = r["batch"] * r["local_len"] * r["world_size"] / ms * 1e3
+        rivals = (times.get((*(r[c] for c in case_of), f"upstream-fa{n}")) for n in (2, 3))
+        line = [r["local_len"], mask_name(r), r["layout"], r["impl"], r["pass"]]
+        line += [f"{r[c]:.2f}" for c in ("ms_p20", "ms_p50", "ms_p80")]
+        line += [f"{tokens:,.0f}", f"{r['tflops_per_gpu']:.4g}"]
+        line += [_given(r["share_of_kernel"], "{:.1%}"), _given(r["peak_gib"], "{:.2f}")]
+        line += [_given(rival and rival / ms, "{:.2f}") for rival in rivals]
+        line += [_given(r[f"err_{x}"], "{:.2e}") for x in ("out", "dq", "dk", "dv")]
+        lines.append(line)
+    columns = ("local", "mask", "layout", "kernels", "pass", "p20 ms", "p50", "p80", "tokens/s")
+    columns += ("TFLOP/s/GPU", "of kernel", "peak GiB", "x upstream-fa2", "x upstream-fa3")
+    columns += ("err out", "err dq", "err dk", "err dv")
+    return tabulate(lines, headers=columns, stralign="left", disable_numparse=True)
+
+
+def case_name(row: dict) -> str:
+    """Return B,S,H/Hk,D of a row as it was measured or read; of a ring the local length."""
+    length = row["seqlen"] if "seqlen" in row else row["local_len"]
+    return f"{row['batch']},{length},{row['heads']}/{row['kv_heads']},{row['head_dim']}"
+
+
+def kernel_name(row: dict) -> str:
+    """Return the implementation, and whether it continued a state."""
+    return f"{row['impl']} + state" if int(row.get("state", 0)) else row["impl"]
+
+
+def mask_name(row: dict) -> str:
+    """Return causal, full or the window of a row as it was measured or read."""
+    if row["window"] != "-1:-1":
+        return f"window {row['window']}"
+    return "causal" if int(row["causal"]) else "full"
+
+
+def _given(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,190 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what the compiler made of them.
+
+Triton throws ptxas's messages away, and only they tell of spills and serialised wgmmas, so the PTX
+is assembled a second time with -v. Kernels are compiled in processes of their own, because Triton
+chooses between compiler and interpreter when it is imported.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: its pass, the part, the inputs, the launch configuration.
+
+    Attributes:
+        adds: whether it reads and adds what is there (CARRY, ADD), or stores.
+    """
+
+    pass_: str
+    arch: int
+    head_dim: int
+    dtype: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+    adds: bool
+
+    def __str__(self) -> str:
+        how = "adds" if self.adds else "stores"
+        return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel uses and issues.
+
+    Attributes:
+        error: why it did not compile, "" if it did; all else is then 0.
+        registers: a thread.
+        spills: bytes that ptxas stores and loads for want of registers.
+        shared: bytes of shared memory a program.
+        wgmma, mma_sync, tcgen05: tensor-core instructions in the PTX, by generation.
+        tma_loads: bulk tensor copies from global to shared memory in the PTX.
+        serialized: ptxas's lines on wgmmas that it could not overlap (C7510 to C7514).
+    """
+
+    error: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    wgmma: int = 0
+    mma_sync: int = 0
+    tcgen05: int = 0
+    tma_loads: int = 0
+    serialized: tuple[str, ...] = ()
+
+
+def compile_all(jobs: list[Job]) -> list[Report]:
+    """Compile every job, in processes without TRITON_INTERPRET, and report in their order."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([asdict(job) for job in jobs]),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [Report(**report) for report in json.loads(done.stdout)]
+
+
+def compile_job(job: Job) -> Report:
+    """Compile one job here and now. TRITON_INTERPRET must be unset."""
+    try:
+        return _report(_compile(job), job.arch)
+    except Exception as failure:  # Whatever the compiler raises is the result.
+        return Report(error=f"{type(failure).__name__}: {failure}")
+
+
+def _compile(job: Job):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import ASTSource
+
+    from ring_flash_attn.kernels.configs import LaunchConfig, block_d
+    from ring_flash_attn.kernels.dkv import _bwd_kernel_dkv
+    from ring_flash_attn.kernels.dq import _bwd_kernel_dq
+    from ring_flash_attn.kernels.forward import _fwd_kernel
+
+    kernel = {"forward": _fwd_kernel, "dq": _bwd_kernel_dq, "dkv": _bwd_kernel_dkv}[job.pass_]
+    constants = {
+        "HEAD_DIM": job.head_dim,
+        "BLOCK_M": job.block_m,
+        "BLOCK_N": job.block_n,
+        "BLOCK_D": block_d(job.head_dim),
+        "TMA": job.tma,
+        "CARRY" if job.pass_ == "forward" else "ADD": job.adds,
+    }
+    if job.pass_ == "dkv":
+        config = LaunchConfig(job.block_m, job.block_n, job.num_warps, job.num_stages)
+        constants["COPIES"] = config.copies
+    signature = {name: _type(name, job, constants) for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, _multiples_of_16(signature))
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def _type(name: str, job: Job, constants: dict) -> str | tuple[str, ...]:
+    """Return Triton's type of a kernel argument, by its name."""
+    dtype = TRITON_NAMES[job.dtype]
+    if name in constants:
+        return "constexpr"
+    if name in ("q", "dout", "k", "v"):
+        rows = job.block_n if name in "kv" else job.block_m
+        return (
+            f"tensordesc<{dtype}[1, 1, {rows}, {constants['BLOCK_D']}]>" if job.tma else f"*{dtype}"
+        )
+    if name in ("tiles_ptr", "entries_ptr"):
+        return "*i32"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    if name.endswith("_strides"):
+        return ("i32", "i32", "i32")
+    return "fp32" if name == "softmax_scale" else "i32"
+
+
+def _multiples_of_16(signature: dict) -> dict:
+    """Return the attributes of what a launch finds to be multiples of 16: pointers, strides."""
+    paths: list[tuple[int, ...]] = []
+    for index, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple):
+            paths += [(index, inner) for inner in range(len(kind))]
+        elif kind.startswith("*"):
+            paths.append((index,))
+    return {path: [["tt.divisibility", 16]] for path in paths}
+
+
+def _report(compiled, arch: int) -> Report:
+    ptx = compiled.asm["ptx"]
+    log = _assemble(ptx, arch)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spills and registers, log
+    return Report(
+        registers=int(registers.group(1)),
+        spills=int(spills.group(1)) + int(spills.group(2)),
+        shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma_sync=ptx.count("mma.sync"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
+        serialized=tuple(line for line in log.splitlines() if re.search(r"C751\d", line)),
+    )
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    """Return what ptxas -v says of `ptx`."""
+    from triton import knobs
+
+    tool = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    part = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={part}", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    with ProcessPoolExecutor() as pool:
+        print(json.dumps([asdict(report) for report in pool.map(compile_job, jobs)]))

@@ -1,0 +1,122 @@
+"""Every launch configuration, compiled for its part without a GPU: what it uses and issues."""
+
+from functools import cache
+
+import pytest
+
+from aot import Job, Report, compile_all
+from ring_flash_attn.kernels.configs import (
+    _ROWS,
+    DTYPES,
+    INTERPRETER,
+    PASSES,
+    SHARED_MEMORY,
+    LaunchConfig,
+    launch_config,
+)
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."),
+    reason=f"the rows were made with Triton 3.6, this is {triton.__version__}",
+)
+
+
+def job(arch: int, head_dim: int, dtype: str, pass_: str, adds: bool, config: LaunchConfig) -> Job:
+    return Job(
+        pass_,
+        arch,
+        head_dim,
+        dtype,
+        config.block_m,
+        config.block_n,
+        config.num_warps,
+        config.num_stages,
+        config.tma,
+        adds,
+    )
+
+
+def rows() -> list[Job]:
+    """Every 16-bit row, adding and storing, and the float32 rows of two head dims."""
+    return [
+        job(arch, head_dim, dtype, pass_, adds, config)
+        for (arch, head_dim, dtype, pass_), config in _ROWS.items()
+        for adds in (True, False)
+        if dtype != "float32" or (adds and head_dim in (64, 256))
+    ]
+
+
+def borrowed() -> list[Job]:
+    """What parts without rows of their own, and head dims between the powers of two, run."""
+    wanted = [(arch, 128, "bfloat16") for arch in (86, 89, 100, 120)]
+    wanted += [
+        (86, 256, "bfloat16"),
+        (90, 80, "bfloat16"),
+        (80, 72, "float16"),
+        (90, 64, "float32"),
+    ]
+    return [
+        job(*key, pass_, True, launch_config(*key, pass_).config)
+        for key in wanted
+        for pass_ in PASSES
+    ]
+
+
+@cache
+def reports() -> dict[Job, Report]:
+    jobs = rows() + borrowed()
+    return dict(zip(jobs, compile_all(jobs), strict=True))
+
+
+def shared_memory(arch: int) -> int:
+    return SHARED_MEMORY.get(arch, 101376)
+
+
+@pytest.mark.parametrize("job", rows(), ids=str)
+def test_rows(job: Job):
+    report = reports()[job]
+    assert not report.error
+    assert report.spills <= _ROWS[job.arch, job.head_dim, job.dtype, job.pass_].spills
+    assert not report.serialized
+    assert report.shared <= shared_memory(job.arch)
+    if job.dtype != "float32":
+        assert report.wgmma if job.arch == 90 else report.mma_sync
+    assert bool(report.tma_loads) == job.tma == (job.arch == 90 and job.dtype != "float32")
+
+
+@pytest.mark.parametrize("job", borrowed(), ids=str)
+def test_borrowed_rows(job: Job):
+    report = reports()[job]
+    assert not report.error
+    assert not report.serialized
+    assert report.shared <= shared_memory(job.arch)
+
+
+def test_every_pass_head_dim_and_dtype_has_a_row():
+    for arch in (80, 86, 89, 90, 100, 103, 120, INTERPRETER):
+        for head_dim in (8, 16, 40, 64, 96, 128, 200, 256):
+            for dtype in DTYPES:
+                for pass_ in PASSES:
+                    assert launch_config(arch, head_dim, dtype, pass_).config.num_warps
+
+
+def test_float16_has_the_rows_of_bfloat16():
+    for pass_ in PASSES:
+        half, brain = (launch_config(90, 128, dtype, pass_) for dtype in ("float16", "bfloat16"))
+        assert half == brain
+
+
+@pytest.mark.parametrize(
+    ("arch", "row_arch", "says"),
+    [(80, 80, ""), (90, 90, ""), (86, 80, "99 KiB"), (89, 80, "99 KiB"), (100, 90, "never timed")],
+)
+def test_a_borrowed_row_says_why(arch: int, row_arch: int, says: str):
+    choice = launch_config(arch, 128, "bfloat16", "forward")
+    assert choice.arch == row_arch
+    assert says in choice.reason and bool(choice.reason) == bool(says)
+
+
+def test_parts_before_sm80_have_no_rows():
+    with pytest.raises(ValueError, match="sm_75"):
+        launch_config(75, 128, "bfloat16", "forward")
