@@ -17,7 +17,8 @@ setup(
     install_requires=["torch", 'triton; platform_system == "Linux"'],
     extras_require={
         "flash": ["flash-attn"],
-        "test": ["pytest", "pytest-timeout", "numpy", "tabulate"],
+        "benchmark": ["matplotlib", "tabulate"],
+        "test": ["pytest", "pytest-timeout", "numpy", "tabulate", "matplotlib"],
         "dev": ["ruff==0.17.6", "pyright==1.1.414"],
     },
 )

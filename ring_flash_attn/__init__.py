@@ -1,6 +1,7 @@
 """Exact attention over a sequence sharded across GPUs, K and V travelling a ring.
 
-Every name of ring-flash-attn 0.1.8 with its signature, and a `triton_` twin of each.
+ring-flash-attn 0.1.8's functions for batches, with their signatures, and a `triton_` twin of
+each; its functions for packed sequences and the Hugging Face adapter are not built yet.
 """
 
 from .core.api import ring_attention

@@ -38,6 +38,7 @@ class Settings:
     repeats: int
     truth: str
     inject: str | None = None
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
 
     def mask(self, name: str) -> tuple[bool, tuple[int, int]]:
         """Return (causal, window_size); the window is a quarter of the sequence."""
@@ -115,6 +116,21 @@ def join() -> Place:
     return Place(rank, size, device, "gloo through host memory")
 
 
+def refusals(settings: Settings, place: Place) -> dict[str, str]:
+    """Return which implementations do not run these settings here, and why."""
+    from ring_flash_attn.core.api import local_forward
+
+    found = {}
+    for name in IMPLEMENTATIONS:
+        q = torch.zeros(1, 2, settings.heads, settings.head_dim, device=place.device)
+        k = q[:, :, : settings.key_heads]
+        try:
+            local_forward(*(x.to(settings.dtype) for x in (q, k, k)), name)
+        except NotImplementedError as error:
+            found[name] = str(error)
+    return found
+
+
 class Compared(NamedTuple):
     """The whole sequence, the truth about it, and what a dense computation in its dtype gives."""
 
@@ -177,10 +193,10 @@ def compare(settings: Settings, place: Place, mask: str) -> list[ErrorRow]:
     causal, window = settings.mask(mask)
     whole = (compared.q, compared.k, compared.v, compared.dout)
     rows = []
-    for name in IMPLEMENTATIONS:
+    for name in settings.implementations:
         alone = one_device(name, *whole, causal, window)
         single = {
-            tensor: oracle.errors(x, y)
+            tensor: _errors(x, y, place)
             for tensor, x, y in zip(TENSORS, alone, compared.truth, strict=True)
         }
         rows += [
@@ -215,14 +231,19 @@ def _sharded(settings, place, name, layout, whole, causal, window) -> oracle.Res
     return got
 
 
-def _over_ranks(got: torch.Tensor, want: torch.Tensor, place: Place) -> oracle.Errors:
-    """Return the errors over every rank's rows; a NaN or a wrong -inf on any rank is inf."""
+def _errors(got: torch.Tensor, want: torch.Tensor, place: Place) -> oracle.Errors:
+    """Return the errors; all inf, and a printed reason, where a NaN or a wrong -inf is found."""
     try:
-        mine = oracle.errors(got, want)
-        usable = True
+        return oracle.errors(got, want)
     except AssertionError as error:
         print(f"rank {place.rank}: {error}", flush=True)
-        mine, usable = oracle.Errors(math.inf, math.inf, math.inf), False
+        return oracle.Errors(math.inf, math.inf, math.inf)
+
+
+def _over_ranks(got: torch.Tensor, want: torch.Tensor, place: Place) -> oracle.Errors:
+    """Return the errors over every rank's rows; a NaN or a wrong -inf on any rank is inf."""
+    mine = _errors(got, want, place)
+    usable = math.isfinite(mine.max_abs)
     finite = torch.where(want == -torch.inf, 0.0, want).double()
     sums = torch.tensor(
         [mine.rmse**2 * want.numel() if usable else math.inf, float(finite.norm()) ** 2]
@@ -240,7 +261,7 @@ def _over_ranks(got: torch.Tensor, want: torch.Tensor, place: Place) -> oracle.E
 def time_rings(settings: Settings, place: Place, mask: str) -> list[SpeedRow]:
     """Time every ring, and the same kernels on one device with the whole sequence to itself."""
     rows = []
-    for name in IMPLEMENTATIONS:
+    for name in settings.implementations:
         for layout in ("one device", *settings.layouts):
             sharers = 1 if layout == "one device" else place.world_size
             forward, both = _passes(settings, place, mask, name, layout)

@@ -46,7 +46,9 @@ MAY_IMPORT = {
         "backends.base",
     ),
     "core.validate": ("core.attention", "core.layout"),
+    "core.agree": ("core.validate",),
     "core.api": (
+        "core.agree",
         "core.function",
         "core.validate",
         "core.attention",
@@ -55,7 +57,7 @@ MAY_IMPORT = {
         "backends",
     ),
     # The templates of the public functions, which the public modules bind.
-    "core.forms": ("core.api", "core.function", "core.validate"),
+    "core.forms": ("core.agree", "core.api", "core.function", "core.validate"),
     "utils": (),
     "": ("core.api", "core.forms", *PUBLIC),
     **{name: ("core.api", "core.forms", *PUBLIC) for name in PUBLIC if name != "utils"},

@@ -1,5 +1,7 @@
 """Who computes a step, and the one function that says which backend runs."""
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from ..core.attention import Attention
@@ -25,6 +27,7 @@ def select_backend(name: str, attention: Attention, q: Tensor, k: Tensor, v: Ten
     Raises:
         ValueError: unknown name.
         NotImplementedError: no backend of that name runs these inputs; lists every reason.
+        ImportError: the package triton is missing.
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
@@ -43,6 +46,8 @@ def select_backend(name: str, attention: Attention, q: Tensor, k: Tensor, v: Ten
 def _candidates(name: str, q: Tensor) -> list[Backend]:
     if name == "triton":
         # Imported on use: the rest of the library works where Triton is not installed.
+        if find_spec("triton") is None:
+            raise ImportError("backend triton needs the package triton: pip install triton")
         from .triton import TritonBackend
 
         return [TritonBackend()]

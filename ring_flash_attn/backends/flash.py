@@ -31,8 +31,9 @@ def load(module: str) -> ModuleType | str:
     refused.
     """
     try:
-        if find_spec(module) is None:
-            return f"{module} is not installed"
+        package = module.partition(".")[0]
+        if find_spec(package) is None:
+            return f"{package} is not installed"
         loaded = import_module(module)
     except (ImportError, OSError) as error:
         return f"{module} does not load: {error}"

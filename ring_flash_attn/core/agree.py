@@ -39,7 +39,7 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[dict[str, str] | None
     mine: dict[str, str] = {}
     try:
         yield mine
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:
         _exchange(group, world_size, {_ERROR: f"{type(error).__name__}: {error}"})
         raise
     _compare(_exchange(group, world_size, mine))

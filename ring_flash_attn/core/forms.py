@@ -28,7 +28,10 @@ _ROWS = {
     "stripe": "rank r holds positions r, r + P, r + 2 P, ... of the global sequence",
 }
 _COMPUTED = {
-    "native": "torch's own flash attention; on CPU tensors that it refuses, dense torch",
+    "native": (
+        "flash-attn 3 or 2 where installed, else torch's own flash attention; on CPU tensors that "
+        "it refuses, dense torch"
+    ),
     "triton": "this library's Triton kernels, with float32 state from hop to hop",
 }
 _FUNC_DOC = """Attend exactly over a sequence sharded across the ranks of `group`.

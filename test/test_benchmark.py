@@ -1,0 +1,301 @@
+"""The benchmarks: what they write, the formulas behind it, and what is generated from it."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracle
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmark"
+sys.path.append(str(FOLDER))
+
+import benchmark_kernels  # noqa: E402
+import guide  # noqa: E402
+import kernels  # noqa: E402
+import launch_search  # noqa: E402
+import plot  # noqa: E402
+import report  # noqa: E402
+import rows  # noqa: E402
+import timing  # noqa: E402
+from tree_hash import tree_hash  # noqa: E402
+
+from ring_flash_attn.core.attention import Attention  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+# Triton 3.6's interpreter reads loop bounds so.
+interpreted = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)
+ORIGIN = {
+    **{"run": "r1", "date": "2026-01-02", "commit": "c" * 40, "tree": "t" * 40},
+    **{"gpu": "a GPU", "torch": "2.0", "triton": "3.0"},
+}
+SIZES = {"dtype": "bf16", "batch": 1, "heads": 4, "kv_heads": 2, "head_dim": 16}
+TIMES = {"ms_p20": 1.0, "ms_p50": 2.0, "ms_p80": 3.0}
+
+
+def kernel_row(**changes) -> dict:
+    row = {**ORIGIN, **SIZES, **TIMES, "impl": "triton", "pass": "fwd", "seqlen": 64}
+    row |= {"causal": 1, "window": "-1:-1", "state": 0, "tflops": 4.0, "rel_err": 1e-3}
+    return row | changes
+
+
+def ring_row(**changes) -> dict:
+    row = {**dict.fromkeys(rows.RING), **ORIGIN, **SIZES, **TIMES, "impl": "triton"}
+    row |= {"world_size": 2, "exchange": "ring", "layout": "zigzag", "packing": "batch"}
+    row |= {"pass": "fwd_bwd", "local_len": 64, "causal": 1, "window": "-1:-1", "graph": 0}
+    return row | {"tflops_per_gpu": 4.0, "share_of_kernel": 0.5} | changes
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
+    """Run the comparison on two ranks, small; return what it printed and the rows it wrote."""
+    path = tmp_path_factory.mktemp("comparison") / "ring.csv"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(FOLDER / "benchmark_comparison.py"), "--csv", str(path), "--run-id", "r1"]
+    command += ["--tree", "t1", "--commit", "c1", "--layouts", "zigzag", "--local-lengths", "16"]
+    command += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "2"]
+    command += ["--implementations", "triton", "native-aten", "upstream-fa2"]
+    command += ["--allow-shared-gpus"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout, rows.read(path, rows.RING)
+
+
+def test_comparison_writes_a_row_for_each_implementation_and_pass(compared):
+    _, found = compared
+    pairs = {(row["impl"], row["pass"]) for row in found}
+    wanted = {(impl, x) for impl in ("triton", "native-aten") for x in ("fwd", "fwd_bwd")}
+    assert wanted <= pairs and (ON_GPU or wanted == pairs)
+    assert len(found) == len(pairs)
+    for row in found:
+        constant = ("run", "tree", "commit", "world_size", "layout", "exchange", "packing")
+        assert [row[x] for x in constant] == ["r1", "t1", "c1", "2", "zigzag", "ring", "batch"]
+        mask = [row[x] for x in ("causal", "window", "graph", "dtype")]
+        assert mask == ["1", "-1:-1", "0", "bf16"]
+        assert (row["gpu"] == "cpu") != ON_GPU
+        assert (row["peak_gib"] == "") != ON_GPU
+
+
+def test_comparison_writes_sane_values(compared):
+    for row in compared[1]:
+        p20, p50, p80 = (float(row[x]) for x in ("ms_p20", "ms_p50", "ms_p80"))
+        assert 0 < p20 <= p50 <= p80
+        work = 4 * 4 * 16 * 32 * 32 / 2 / 2 * (1.0 if row["pass"] == "fwd" else 3.5)
+        assert float(row["tflops_per_gpu"]) == pytest.approx(work / p50 / 1e9, rel=1e-4)
+        assert 0 < float(row["share_of_kernel"]) < 100
+        errors = [row[x] for x in ("err_out", "err_dq", "err_dk", "err_dv")]
+        assert (errors[1:] == [""] * 3) == (row["pass"] == "fwd")
+        # bfloat16 rounds to 2e-3; the ring's own errors would be far larger.
+        assert all(1e-4 < float(x) < 6e-3 for x in errors if x)
+
+
+def test_comparison_says_what_it_skips_and_where_it_runs(compared):
+    printed = compared[0]
+    for word in ("local length 16 causal zigzag", "one GPU", "TFLOP/s/GPU", "of kernel", "p80"):
+        assert word in printed
+    if not ON_GPU:
+        assert "no GPU" in printed
+        assert "skipped upstream-fa2: runs on cuda, got cpu" in printed
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+def test_kernels_say_that_they_need_a_gpu(capsys):
+    assert benchmark_kernels.main([]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+@interpreted
+@pytest.mark.kernel
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0)], ids=["causal", "window"])
+def test_timed_kernels_compute_attention(window: tuple[int, int]):
+    attention = Attention(0.25, True, window)
+    inputs = kernels.draw(1, 40, 2, 1, 16, torch.bfloat16, attention)
+    want = kernels.truth(inputs)
+    seen = oracle.visible(range(40), range(40), True, window, inputs.q.device)
+    dense = oracle.dense_in_dtype(*inputs[:3], seen, inputs.dout)
+    found = [*kernels.kernels("triton", inputs), *kernels.kernels("fa2", inputs)]
+    assert [kernel[:3] for kernel in found] == [
+        *(("triton", x, state) for x in ("fwd", "bwd") for state in (False, True)),
+        *(("fa2", x, False) for x in ("fwd", "bwd")),
+    ]
+    for kernel in found:
+        yardstick = (dense.out,) if kernel.pass_ == "fwd" else (dense.dq, dense.dk, dense.dv)
+        kernel.run()  # a call before it must not change the result
+        error = kernels.relative_error(kernel.result(), want)
+        assert error <= 2 * kernels.relative_error(yardstick, want) + 1e-5, kernel[:3]
+
+
+@interpreted
+@pytest.mark.kernel
+def test_candidates_compute_what_the_checked_in_row_does():
+    lines = ["# a comment", "forward:16/32,16,4,1", "dq:32,16,4,1  # one", "dkv:16,32,4,1,tma"]
+    found = launch_search.candidates(lines)
+    texts = ["forward:16,16,4,1", "forward:32,16,4,1", "dq:32,16,4,1", "dkv:16,32,4,1,tma"]
+    assert [x.text for x in found] == texts
+    inputs = kernels.draw(1, 40, 2, 1, 16, torch.bfloat16, Attention(0.25, True))
+    for candidate in found:
+        table = launch_search.Candidate(candidate.pass_, None)
+        want = launch_search.launch(table, inputs, False).once()
+        got = launch_search.launch(candidate, inputs, False).once()
+        for x, y in zip(got, want, strict=True):
+            assert oracle.errors(x, y).relative < 4e-3
+
+
+@pytest.mark.parametrize("line", ["fwd:1,2,3,4", "forward:1,2,3", "dq:a,2,3,4"])
+def test_a_malformed_configuration_is_an_error(line: str):
+    with pytest.raises(ValueError):
+        launch_search.candidates([line])
+
+
+@pytest.mark.parametrize("length", [1, 7, 24])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [(-1, -1), (5, -1), (5, 0), (0, 3), (-1, 2), (40, 40)])
+def test_flops_count_the_pairs_that_the_mask_shows(length, causal, window):
+    pairs = int(oracle.visible(range(length), range(length), causal, window).sum())
+    if causal and window[0] < 0:
+        pairs = length**2 / 2  # by convention, not n (n + 1) / 2
+    forward = 4 * 2 * 3 * 8 * pairs
+    for pass_, factor in (("fwd", 1), ("bwd", 2.5), ("fwd_bwd", 3.5)):
+        assert timing.flops(2, length, 3, 8, causal, window, pass_) == forward * factor
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 15])
+def test_quantiles_interpolate(n: int):
+    times = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    want = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    assert timing.quantiles(times.tolist()) == pytest.approx(want.tolist())
+
+
+def test_runs_are_timed_in_turn():
+    called = []
+    runs = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = timing.interleaved(runs, 2, lambda run: [run() or 1.0] * 3)
+    assert called == list("abcabc")
+    assert times == {name: [1.0] * 6 for name in "abc"}
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path):
+    path = tmp_path / "new" / "kernels.csv"
+    assert rows.read(path, rows.KERNELS) == []
+    rows.append(path, rows.KERNELS, kernel_row(causal=True, tflops=1 / 3, rel_err=None))
+    rows.append(path, rows.KERNELS, kernel_row(run="r2"))
+    lines = path.read_text().splitlines()
+    assert lines[0] == ",".join(rows.KERNELS) and len(lines) == 3
+    found = rows.read(path, rows.KERNELS)
+    assert [found[0][x] for x in ("causal", "tflops", "rel_err")] == ["1", "0.333333", ""]
+    assert rows.newest_run(found) == found[1:]
+    with pytest.raises(ValueError, match="expected"):
+        rows.append(path, rows.KERNELS, {"run": "r3"})
+    with pytest.raises(ValueError, match="header"):
+        rows.append(path, rows.RING, ring_row())
+
+
+@pytest.mark.parametrize("path, columns", [(rows.KERNELS_CSV, "KERNELS"), (rows.RING_CSV, "RING")])
+def test_committed_rows_have_the_columns(path: Path, columns: str):
+    if not path.exists():
+        pytest.skip(f"no {path.name} is committed")
+    columns = getattr(rows, columns)
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert tuple(lines[0]) == columns
+    for row in rows.read(path, columns):
+        assert None not in row.values() and None not in row
+        assert row["run"] and row["tree"] and row["gpu"] not in ("", "cpu")
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert math.isfinite(float(row["tflops" if "tflops" in row else "tflops_per_gpu"]))
+
+
+def test_tree_hash_names_the_content(tmp_path: Path):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "plan.py").write_text("a = 1\n")
+    (tmp_path / "ring.py").write_text("b = 2\n")
+    first = tree_hash(tmp_path)
+    assert len(first) == 64 and first == tree_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("not a source")
+    (tmp_path / "core" / "plan.pyc").write_bytes(b"cache")
+    assert tree_hash(tmp_path) == first
+    (tmp_path / "ring.py").write_text("b = 3\n")
+    changed = tree_hash(tmp_path)
+    (tmp_path / "ring.py").rename(tmp_path / "core" / "ring.py")
+    assert len({first, changed, tree_hash(tmp_path)}) == 3
+    assert tree_hash() == tree_hash(FOLDER.parent / "ring_flash_attn")
+
+
+def test_guide_is_current_until_a_row_is_added(tmp_path: Path, capsys):
+    path, kernels_csv = tmp_path / "guide.md", tmp_path / "kernels.csv"
+    files = ["--guide", str(path), "--kernels", str(kernels_csv), "--ring", str(tmp_path / "no")]
+    path.write_text(f"before\n\n{guide.BEGIN}\n\nafter\n")
+    assert guide.main([*files, "--check"]) == 1
+    assert path.read_text() == f"before\n\n{guide.BEGIN}\n\nafter\n"
+    assert guide.main(files) == 0
+    assert "Nothing is measured yet" in path.read_text()
+    assert guide.main([*files, "--check"]) == 0
+    rows.append(kernels_csv, rows.KERNELS, kernel_row(run="old", ms_p50=77.0, ms_p80=78.0))
+    rows.append(kernels_csv, rows.KERNELS, kernel_row())
+    rows.append(kernels_csv, rows.KERNELS, kernel_row(impl="fa2", ms_p50=3.0))
+    assert guide.main([*files, "--check"]) == 1
+    assert guide.main(files) == 0 and guide.main([*files, "--check"]) == 0
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert text.count(guide.BEGIN) == text.count(guide.END) == 1
+    assert "2.00 (1.00-3.00) | 4 | 1.0e-03" in text and "77" not in text
+    assert "triton to be this many times as fast as fa2: fwd 1.50 to 1.50" in text
+    assert "not current" in capsys.readouterr().out
+
+
+def test_guide_without_the_marker_is_an_error():
+    with pytest.raises(ValueError, match="results"):
+        guide.updated("no marker", "part")
+
+
+def test_guide_shows_rings():
+    found = [ring_row(), ring_row(impl="upstream-fa3", ms_p50=4.0, share_of_kernel=None)]
+    as_read = [{x: rows._text(y) for x, y in row.items()} for row in found]
+    text = guide.render([], as_read, "pictures")
+    assert "| 2 | 1,64,4/2,16 | bf16 | causal | zigzag | triton |" in text
+    assert "2.00 (1.00-3.00) | 4 | 50%" in text and "pictures/ring.svg" in text
+    assert "triton to be this many times as fast as upstream-fa3: zigzag fwd_bwd 2.00" in text
+
+
+def test_the_committed_guide_is_current():
+    if guide.END not in guide.GUIDE.read_text(encoding="utf-8"):
+        pytest.skip("benchmark/guide.py has not written into the guide yet")
+    assert guide.main(["--check"]) == 0
+
+
+def test_plots_draw_the_rows(tmp_path: Path):
+    kernels_csv, ring_csv = tmp_path / "kernels.csv", tmp_path / "ring.csv"
+    for impl, state, pass_ in (("triton", 0, "fwd"), ("triton", 1, "fwd"), ("fa2", 0, "bwd")):
+        row = kernel_row(impl=impl, state=state, **{"pass": pass_})
+        rows.append(kernels_csv, rows.KERNELS, row)
+    files = ["--kernels", str(kernels_csv), "--ring", str(ring_csv)]
+    assert plot.main([*files, "--to", str(tmp_path / "one")]) == 0
+    assert [x.name for x in (tmp_path / "one").iterdir()] == ["kernels.svg"]
+    rows.append(ring_csv, rows.RING, ring_row())
+    assert plot.main([*files, "--to", str(tmp_path / "one")]) == 0
+    assert plot.main([*files, "--to", str(tmp_path / "two"), "--format", "png"]) == 0
+    again = (tmp_path / "one" / "kernels.svg").read_bytes()
+    assert plot.main([*files, "--to", str(tmp_path / "three")]) == 0
+    assert (tmp_path / "three" / "kernels.svg").read_bytes() == again
+    assert (tmp_path / "two" / "ring.png").read_bytes().startswith(b"\x89PNG")
+    found = rows.read(kernels_csv, rows.KERNELS)
+    case = "1,64,4/2,16\ncausal"
+    heights = {"triton": 4.0, "triton + state": 4.0}
+    assert plot.bars(found, rows.KERNELS, "fwd") == {case: heights}
+
+
+def test_tables_compare_with_the_rivals():
+    found = [kernel_row(), kernel_row(impl="fa2", ms_p50=3.0), kernel_row(rel_err=None, state=True)]
+    table = report.kernels_table(found)
+    assert table.splitlines()[2].split()[-2:] == ["1.50", "1.00e-03"]
+    assert "triton + state" in table.splitlines()[4]
+    rings = [ring_row(window="8:0"), ring_row(window="8:0", impl="upstream-fa2", ms_p50=5.0)]
+    line = report.rings_table(rings).splitlines()[2].split()
+    assert line[:5] == ["64", "window", "8:0", "zigzag", "triton"]
+    assert line[-2:] == ["50.0%", "2.50"]
