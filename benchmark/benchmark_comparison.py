@@ -11,8 +11,8 @@ to a global length of 16384 errors are taken against dense attention in float64.
 
 ring-flash-attn 0.1.8 and FlashAttention-3 come from the folder that $PEERS names (.peers); what is
 not available is skipped with its reason. Upstream over FlashAttention-2 and over FlashAttention-3
-are timed in one process. Several processes can share one --run. On a CPU it runs small, over gloo
-and Triton's interpreter: right, but no measure of speed.
+are timed in one process. Several processes can share one --run-id. On a CPU it runs small, over
+gloo and Triton's interpreter: right, but no measure of speed.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=15 if on_gpu else 2)
     add("--no-errors", action="store_true")
     add("--csv", type=Path, help="append the rows to this file")
-    add("--run", default=timing.new_run(), help="id of the run, column run")
+    # torchrun reads --run as the beginning of its own --run-path, so there only --run-id works.
+    add("--run-id", "--run", dest="run", default=timing.new_run(), help="column run")
     add("--tree", help="hash of ring_flash_attn/, where git is absent")
     add("--commit", help="hash of the commit, where git is absent")
     add("--allow-shared-gpus", action="store_true", help="time more ranks than GPUs")

@@ -78,7 +78,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=5, help="timed calls a round")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    parser.add_argument("--run", default=timing.new_run(), help="id of the run, column run")
+    parser.add_argument(
+        "--run-id", "--run", dest="run", default=timing.new_run(), help="column run"
+    )
     parser.add_argument("--tree", help="hash of ring_flash_attn/, where git is absent")
     parser.add_argument("--commit", help="hash of the commit, where git is absent")
     parser.add_argument("--budget-s", type=float, default=540.0, help="start nothing after that")

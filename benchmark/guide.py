@@ -1,7 +1,7 @@
-"""Write the performance part of COMPARISON_GUIDE.md from the CSV files: `python benchmark/guide.py`.
+"""Write the performance part of COMPARISON_GUIDE.md: `python benchmark/guide.py`.
 
-Everything between <!-- results --> and <!-- /results --> is replaced; the newest run of each file
-is shown. With --check it writes nothing and exits with 1 if the guide is not current.
+Replaces everything between <!-- results --> and <!-- /results --> by the newest run of each CSV
+file. With --check it writes nothing and exits with 1 if the guide is not current.
 """
 
 import argparse
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import rows
 from report import case_name, kernel_name, mask_name
-from tabulate import tabulate
 
 GUIDE = Path(__file__).resolve().parent.parent / "COMPARISON_GUIDE.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -38,7 +37,7 @@ kernel's time on one GPU for the local length, times P, over the ring's time. Er
 against dense attention in float64. `+ state`: the kernel continues a float32 state or adds to
 float32 gradients, as every step of a ring after the first does.
 """
-_TROUBLE = {
+TROUBLE = {
     "everything is slower by the same factor": (
         "Another GPU, or one that throttles. Compare ratios within a run, never times across runs; "
         "`benchmark_kernels.py` prints the matmul ceiling first"
@@ -62,9 +61,6 @@ _TROUBLE = {
         "A global length beyond 16384, where float64 dense attention is not run"
     ),
 }
-TROUBLE = "### Where numbers look wrong\n\n" + tabulate(
-    _TROUBLE.items(), headers=("symptom", "cause and what to do"), tablefmt="github"
-)
 
 
 def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
@@ -82,7 +78,9 @@ def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
         parts += [_ratios(rings, "triton", f"upstream-fa{n}") for n in (2, 3)]
         parts += [_ratios(rings, f"native-fa{n}", f"upstream-fa{n}") for n in (2, 3)]
         parts.append(f"![TFLOP/s per GPU of the rings]({pictures}/ring.svg)\n")
-    return "\n".join(part for part in (*parts, RERUN, TROUBLE) if part)
+    trouble = _markdown(["symptom", "cause and what to do"], [list(x) for x in TROUBLE.items()])
+    parts += [RERUN, "### Where numbers look wrong\n", trouble]
+    return "\n".join(part for part in parts if part)
 
 
 def _origin(found: list[Row]) -> str:
@@ -116,7 +114,7 @@ def _kernels_table(found: list[Row]) -> str:
     columns = ["B,S,H/Hk,D", "dtype", "mask", "kernels"]
     for pass_ in ("forward", "backward"):
         columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s", "error"]
-    return tabulate(table, headers=columns, tablefmt="github", disable_numparse=True) + "\n"
+    return _markdown(columns, table)
 
 
 def _rings_table(found: list[Row]) -> str:
@@ -138,8 +136,7 @@ def _rings_table(found: list[Row]) -> str:
     columns = ["P", "B,L,H/Hk,D", "dtype", "mask", "layout", "kernels"]
     for pass_ in ("forward", "forward+backward"):
         columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s a GPU", "of kernel"]
-    columns += ["peak GiB", "errors out dq dk dv"]
-    return tabulate(table, headers=columns, tablefmt="github", disable_numparse=True) + "\n"
+    return _markdown([*columns, "peak GiB", "errors out dq dk dv"], table)
 
 
 def _ratios(found: list[Row], ours: str, rival: str) -> str:
@@ -160,6 +157,11 @@ def _ratios(found: list[Row], ours: str, rival: str) -> str:
     if not said:
         return ""
     return f"Expect {ours} to be this many times as fast as {rival}: {'; '.join(said)}.\n"
+
+
+def _markdown(columns: list[str], table: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *table]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _ms(row: Row | None) -> str:

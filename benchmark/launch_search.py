@@ -18,6 +18,7 @@ import timing
 import torch
 from kernels import Inputs, draw
 from tabulate import tabulate
+from timing import Mark
 from torch import Tensor
 
 from ring_flash_attn.backends.base import GradTarget
@@ -25,7 +26,7 @@ from ring_flash_attn.kernels.configs import PASSES, Choice, LaunchConfig, launch
 
 TABLE = "table"
 WRONG = 2e-2  # relative difference from the checked-in row's result that no rounding explains
-BACKWARD_SHARE = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of a pass
+MATRIX_PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
 
 
 class Candidate(NamedTuple):
@@ -41,6 +42,18 @@ class Candidate(NamedTuple):
             return f"{self.pass_}:{TABLE}"
         sizes = f"{c.block_m},{c.block_n},{c.num_warps},{c.num_stages}"
         return f"{self.pass_}:{sizes}{',tma' if c.tma else ''}"
+
+
+class Launch(NamedTuple):
+    """A call that marks where the timed pass begins and ends, and the tensors it writes."""
+
+    run: Callable[[Mark, Mark], None]
+    result: tuple[Tensor, ...]
+
+    def once(self) -> tuple[Tensor, ...]:
+        """Run without timing and return what was written."""
+        self.run(lambda: None, lambda: None)
+        return self.result
 
 
 def candidates(lines: list[str]) -> list[Candidate]:
@@ -65,8 +78,12 @@ def candidates(lines: list[str]) -> list[Candidate]:
     return list(found)
 
 
-def call(candidate: Candidate, inputs: Inputs, folds: bool) -> Callable[[], tuple[Tensor, ...]]:
-    """Return the launch of one pass with a candidate's configuration, as a call."""
+def launch(candidate: Candidate, inputs: Inputs, folds: bool) -> Launch:
+    """Return one pass with a candidate's configuration; the other passes take the checked-in row's.
+
+    Args:
+        folds: forward continues an fp32 state instead of storing in the input's dtype.
+    """
     from ring_flash_attn.backends.triton import TritonBackend
 
     def lookup(arch: int, head_dim: int, dtype: str, pass_: str) -> Choice:
@@ -74,33 +91,37 @@ def call(candidate: Candidate, inputs: Inputs, folds: bool) -> Callable[[], tupl
             return Choice(candidate.config, arch, "")
         return launch_config(arch, head_dim, dtype, pass_)
 
-    backend, table = TritonBackend(lookup), TritonBackend()
+    backend = TritonBackend(lookup)
     attention, plan = inputs.attention, inputs.plan
     q, k, v, dout, _ = inputs
     out = torch.empty_like(q, dtype=torch.float32 if folds else q.dtype)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
-    table.forward(attention, plan, q, k, v, out, lse)
+    TritonBackend().forward(attention, plan, q, k, v, out, lse)
     if candidate.pass_ == "forward":
         step = plan._replace(step=1) if folds else plan
 
-        def forward() -> tuple[Tensor]:
+        def forward(begin: Mark, end: Mark) -> None:
+            begin()
             backend.forward(attention, step, q, k, v, out, lse)
-            return (out,)
+            end()
 
-        return forward
-    saved = table.prepare_backward(dout, out.to(q.dtype), lse, None)
+        return Launch(forward, (out,))
+    saved = backend.prepare_backward(dout, out.to(q.dtype), lse, None)
     dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
+    times_dq = candidate.pass_ == "dq"
 
-    # One pass of the two, which no public method runs alone.
-    def query_gradient() -> tuple[Tensor]:
-        backend._backward_dq(attention, plan, saved, q, k, v, dq)
-        return (dq,)
+    def backward(begin: Mark, end: Mark) -> None:
+        def target() -> GradTarget:  # asked for between the launches of dQ and of dKV
+            (end if times_dq else begin)()
+            return GradTarget(dk, dv, False)
 
-    def key_gradients() -> tuple[Tensor, Tensor]:
-        backend._backward_dkv(attention, plan, saved, q, k, v, GradTarget(dk, dv, False))
-        return dk, dv
+        if times_dq:
+            begin()
+        backend.backward(attention, plan, saved, q, k, v, dq, target)
+        if not times_dq:
+            end()
 
-    return query_gradient if candidate.pass_ == "dq" else key_gradients
+    return Launch(backward, (dq,) if times_dq else (dk, dv))
 
 
 def compile_only(found: list[Candidate], cases: list[tuple[str, tuple]], folds: bool) -> None:
@@ -108,7 +129,7 @@ def compile_only(found: list[Candidate], cases: list[tuple[str, tuple]], folds: 
     for candidate in found:
         try:
             for _, sizes in cases:
-                call(candidate, draw(*sizes), folds)()
+                launch(candidate, draw(*sizes), folds).once()
             torch.cuda.synchronize()
             print(f"OK {candidate.text}", flush=True)
         # Out of shared memory, a crash of the compiler: the reason why this one is out.
@@ -191,23 +212,23 @@ def _timed(
     runs, want = {}, None
     for candidate in mine:
         try:
-            run = call(candidate, inputs, options.state)
-            got = [x.float() for x in run()]
+            made = launch(candidate, inputs, options.state)
+            got = [x.float() for x in made.once()]
             want = want or [x.clone() for x in got]
             off = max(float((x - y).norm() / y.norm()) for x, y in zip(got, want, strict=True))
             if not off < WRONG:
                 print(f"dropped {candidate.text}: differs from the table's result by {off:.1e}")
                 continue
-            timing.queued_times(run, 1, flush)
-            runs[candidate.text] = run
+            timing.queued_spans(made.run, 1, flush)
+            runs[candidate.text] = made.run
         except Exception as error:
             print(f"dropped {candidate.text}: {type(error).__name__}: {error}"[:300])
     rounds = options.rounds if len(runs) <= 10 else max(3, options.rounds // 2)
     times = timing.interleaved(
-        runs, rounds, lambda run: timing.queued_times(run, options.calls, flush)
+        runs, rounds, lambda run: timing.queued_spans(run, options.calls, flush)
     )
     batch, length, heads, head_dim = inputs.q.shape
-    attention, share = inputs.attention, BACKWARD_SHARE[mine[0].pass_] / 2
+    attention, share = inputs.attention, MATRIX_PRODUCTS[mine[0].pass_] / 2
     sizes = (batch, length, heads, head_dim, attention.causal, attention.window)
     work = share * timing.flops(*sizes, "fwd")
     lines = [(text, *timing.quantiles(ms)) for text, ms in times.items()]

@@ -38,7 +38,7 @@ def append(path: Path, columns: tuple[str, ...], row: dict) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(columns)
-        writer.writerow([_text(row[column]) for column in columns])
+        writer.writerow([text(row[column]) for column in columns])
 
 
 def read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -66,7 +66,8 @@ def _check_header(path: Path, columns: tuple[str, ...]) -> None:
         raise ValueError(f"{path}: got header {','.join(header)}, expected {','.join(columns)}")
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """Return a value as the files hold it."""
     if value is None:
         return ""
     if isinstance(value, bool):

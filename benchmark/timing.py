@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ FLUSH_BYTES = 256 << 20
 
 Window = tuple[int, int]
 Run = Callable[[], object]
+Mark = Callable[[], None]
+Name, Timed = TypeVar("Name"), TypeVar("Timed")
 
 
 class Quantiles(NamedTuple):
@@ -83,27 +85,38 @@ def call_times(run: Run, repeats: int, warmup: int) -> list[float]:
 
 
 def queued_times(run: Run, repeats: int, flush: torch.Tensor) -> list[float]:
-    """Return the GPU's milliseconds of `repeats` calls, launched ahead, each with a cold L2.
+    """Return the GPU's milliseconds of `repeats` calls, launched ahead, each with a cold L2."""
+
+    def whole(begin: Mark, end: Mark) -> None:
+        begin()
+        run()
+        end()
+
+    return queued_spans(whole, repeats, flush)
+
+
+def queued_spans(
+    run: Callable[[Mark, Mark], None], repeats: int, flush: torch.Tensor
+) -> list[float]:
+    """Return the GPU's milliseconds between the two marks that each of `repeats` calls sets.
 
     One call more than that goes first: it fills the queue, so that launching costs no later one.
     """
     events = []
     for _ in range(repeats + 1):
         flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        events.append((start, end))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run(begin.record, end.record)
+        events.append((begin, end))
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events[1:]]
+    return [begin.elapsed_time(end) for begin, end in events[1:]]
 
 
 def interleaved(
-    runs: dict[str, Run], rounds: int, time_one: Callable[[Run], list[float]]
-) -> dict[str, list[float]]:
+    runs: dict[Name, Timed], rounds: int, time_one: Callable[[Timed], list[float]]
+) -> dict[Name, list[float]]:
     """Return every run's times, taken in turn round by round, so that all see the same clocks."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name] += time_one(run)

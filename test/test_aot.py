@@ -63,6 +63,9 @@ def borrowed() -> list[Job]:
     ]
 
 
+TENSOR_CORES = {80: "mma_sync", 86: "mma_sync", 90: "wgmma", 100: "tcgen05"}
+
+
 @cache
 def reports() -> dict[Job, Report]:
     jobs = rows() + borrowed()
@@ -81,8 +84,8 @@ def test_rows(job: Job):
     assert not report.serialized
     assert report.shared <= shared_memory(job.arch)
     if job.dtype != "float32":
-        assert report.wgmma if job.arch == 90 else report.mma_sync
-    assert bool(report.tma_loads) == job.tma == (job.arch == 90 and job.dtype != "float32")
+        assert getattr(report, TENSOR_CORES[job.arch])
+    assert bool(report.tma_loads) == job.tma == (job.arch >= 90 and job.dtype != "float32")
 
 
 @pytest.mark.parametrize("job", borrowed(), ids=str)
@@ -109,7 +112,14 @@ def test_float16_has_the_rows_of_bfloat16():
 
 @pytest.mark.parametrize(
     ("arch", "row_arch", "says"),
-    [(80, 80, ""), (90, 90, ""), (86, 80, "99 KiB"), (89, 80, "99 KiB"), (100, 90, "never timed")],
+    [
+        (80, 80, ""),
+        (90, 90, ""),
+        (86, 80, "99 KiB"),
+        (89, 80, "99 KiB"),
+        (100, 100, ""),
+        (103, 100, "never timed"),
+    ],
 )
 def test_a_borrowed_row_says_why(arch: int, row_arch: int, says: str):
     choice = launch_config(arch, 128, "bfloat16", "forward")

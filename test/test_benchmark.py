@@ -28,9 +28,8 @@ from ring_flash_attn.core.attention import Attention  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 # Triton 3.6's interpreter reads loop bounds so.
-interpreted = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-)
+loop_bounds = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+interpreted = pytest.mark.filterwarnings(loop_bounds)
 ORIGIN = {
     **{"run": "r1", "date": "2026-01-02", "commit": "c" * 40, "tree": "t" * 40},
     **{"gpu": "a GPU", "torch": "2.0", "triton": "3.0"},
@@ -256,7 +255,7 @@ def test_guide_without_the_marker_is_an_error():
 
 def test_guide_shows_rings():
     found = [ring_row(), ring_row(impl="upstream-fa3", ms_p50=4.0, share_of_kernel=None)]
-    as_read = [{x: rows._text(y) for x, y in row.items()} for row in found]
+    as_read = [{x: rows.text(y) for x, y in row.items()} for row in found]
     text = guide.render([], as_read, "pictures")
     assert "| 2 | 1,64,4/2,16 | bf16 | causal | zigzag | triton |" in text
     assert "2.00 (1.00-3.00) | 4 | 50%" in text and "pictures/ring.svg" in text

@@ -20,6 +20,7 @@ from ring_flash_attn.backends.triton import TritonBackend
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.plan import Block, StepPlan, plan_local, plan_ring
+from ring_flash_attn.core.tables import key_tables, query_tables
 from ring_flash_attn.kernels.configs import launch_config
 
 pytestmark = [
@@ -182,6 +183,13 @@ def test_lengths(device, mask: str, lengths: str):
     check_local(random_inputs(device, *LENGTHS[lengths]), *MASKS[mask])
 
 
+@pytest.mark.parametrize("extra", range(16))
+def test_alignments(device, extra: int):
+    """Every remainder of the band's two edges, and of the last tile, by the smallest tiles."""
+    x = random_inputs(device, 34 + extra, 50, heads=(1, 1))
+    check_local(x, causal=True, window=(20, -1))
+
+
 def test_queries_that_see_nothing_anywhere(device):
     # More queries than keys: the first 33 see nothing, whatever the tiles.
     x = random_inputs(device, 50 * SCALE, 17 * SCALE)
@@ -227,13 +235,20 @@ def _heads_first(x: Inputs) -> Inputs:
     return replace(x, q=strided(x.q), k=strided(x.k), v=strided(x.v), dout=strided(x.dout))
 
 
-def _odd_strides(x: Inputs) -> Inputs:
+def _wider(x: Inputs, before: int, after: int) -> Inputs:
     def strided(t: Tensor) -> Tensor:
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, device=t.device).to(t.dtype)
-        wide[..., 1:-2] = t
-        return wide[..., 1:-2]
+        wide = torch.nn.functional.pad(t, (before, after), value=torch.nan)
+        return wide[..., before : wide.shape[-1] - after]
 
     return replace(x, q=strided(x.q), k=strided(x.k), v=strided(x.v), dout=strided(x.dout))
+
+
+def _odd_strides(x: Inputs) -> Inputs:
+    return _wider(x, 0, 3)
+
+
+def _odd_base(x: Inputs) -> Inputs:
+    return _wider(x, 1, 15)
 
 
 def _last_dim_strided(x: Inputs) -> Inputs:
@@ -252,7 +267,7 @@ def _expanded(x: Inputs) -> Inputs:
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize(
-    "view", [_packed, _heads_first, _odd_strides, _last_dim_strided, _expanded]
+    "view", [_packed, _heads_first, _odd_strides, _odd_base, _last_dim_strided, _expanded]
 )
 def test_strided_inputs(device, view, tma: bool):
     x = random_inputs(device, 37 * SCALE, dtype=torch.bfloat16, heads=(2, 2), batch=2)
@@ -339,14 +354,20 @@ def ring(attention, layout: Layout, x: Inputs) -> oracle.Result:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_ring_in_16_bit(device, dtype: torch.dtype):
-    # zigzag with a window: several blocks on one row in one step.
-    causal, window = True, (9 * SCALE, -1)
-    local_len = 18 * SCALE // 2 * 2
-    x = random_inputs(device, local_len * 3, dtype=dtype, heads=(2, 1), head_dim=32)
-    got = ring(Attention(0.2, causal, window), Layout("zigzag", local_len, 3), x)
-    rows = list(range(local_len * 3))
-    assert_right(got, x, oracle.visible(rows, rows, causal, window, device), 0.2)
+def test_several_blocks_on_one_row(device, dtype: torch.dtype):
+    """A zigzag with a wide window: a tile walks several entries, in dKV for each query head."""
+    window, local_len, size = (20 * SCALE, 20 * SCALE), 18 * SCALE // 2 * 2, 4
+    attention, layout = Attention(0.2, False, window), Layout("zigzag", local_len, size)
+    steps = [
+        step for rank in range(size) for step in plan_ring(attention, layout, layout, rank).steps
+    ]
+    for tables in (query_tables, key_tables):
+        tiles = [tile for step in steps for tile in tables(step.blocks, 16).tiles]
+        assert any(tile.end_entry - tile.first_entry > 1 for tile in tiles)
+    x = random_inputs(device, local_len * size, dtype=dtype, heads=(2, 1), head_dim=32)
+    rows = list(range(local_len * size))
+    mask = oracle.visible(rows, rows, False, window, device)
+    assert_right(ring(attention, layout, x), x, mask, 0.2)
 
 
 def test_rows_that_see_nothing_in_a_step(device):
