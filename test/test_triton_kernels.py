@@ -184,10 +184,11 @@ def test_lengths(device, mask: str, lengths: str):
 
 
 @pytest.mark.parametrize("extra", range(16))
-def test_alignments(device, extra: int):
-    """Every remainder of the band's two edges, and of the last tile, by the smallest tiles."""
+@pytest.mark.parametrize("left", [-1, 20], ids=["causal", "causal-left20"])
+def test_alignments(device, left: int, extra: int):
+    """Every remainder of the band's edges and of the last tile, counted in the smallest tiles."""
     x = random_inputs(device, 34 + extra, 50, heads=(1, 1))
-    check_local(x, causal=True, window=(20, -1))
+    check_local(x, causal=True, window=(left, -1))
 
 
 def test_queries_that_see_nothing_anywhere(device):

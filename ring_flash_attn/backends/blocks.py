@@ -71,7 +71,9 @@ class BlockBackend:
         dq: Tensor,
         dkv_target: Callable[[], GradTarget],
     ) -> None:
-        if step_plan.first:
+        # A lone block owns all rows that the step touches; several may share rows and add up.
+        alone = len(step_plan.blocks) == 1
+        if step_plan.first and not alone:
             dq.zero_()
         target = None
         for block in step_plan.blocks:
@@ -79,14 +81,14 @@ class BlockBackend:
             block_dq, block_dk, block_dv = self.gradients(
                 attention, block, cut(saved, rows), q[:, rows], k[:, keys], v[:, keys]
             )
-            dq[:, rows] += block_dq
+            _put(dq[:, rows], block_dq, store=step_plan.first and alone)
             if target is None:
                 target = dkv_target()
-                if not target.add:
+                if not (target.add or alone):
                     target.dk.zero_()
                     target.dv.zero_()
-            target.dk[:, keys] += block_dk
-            target.dv[:, keys] += block_dv
+            _put(target.dk[:, keys], block_dk, store=alone and not target.add)
+            _put(target.dv[:, keys], block_dv, store=alone and not target.add)
 
 
 def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -102,8 +104,15 @@ def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None
     finite = torch.where(total == -torch.inf, 0.0, total)
     kept = torch.exp(lse - finite).transpose(1, 2).unsqueeze(-1)
     new = torch.exp(block_lse - finite).transpose(1, 2).unsqueeze(-1)
-    out.mul_(kept).addcmul_(block_out.to(out.dtype), new)
+    out.mul_(kept).addcmul_(block_out, new)
     lse.copy_(total)
+
+
+def _put(where: Tensor, share: Tensor, store: bool) -> None:
+    if store:
+        where.copy_(share)
+    else:
+        where.add_(share)
 
 
 def cut(saved: Saved, rows: slice) -> Saved:

@@ -179,7 +179,7 @@ class TritonBackend:
             # The group's programs share k and v.
             tiles, entries = device_tables(query_tables, step_plan.blocks, config.block_m, q.device)
             sharing, rows_read = group, 2 * k_len
-        in_l2 = L2_BYTES // (rows_read * head_dim * q.element_size())
+        in_l2 = max(1, L2_BYTES // (rows_read * head_dim * q.element_size()))
         with _on(q.device):
             kernel[(len(tiles) * batch * heads,)](
                 **_source_arguments(config, sources),
@@ -188,7 +188,7 @@ class TritonBackend:
                 entries_ptr=entries,
                 n_tiles=len(tiles),
                 n_heads=batch * heads,
-                heads_in_flight=sharing * max(1, in_l2),
+                heads_in_flight=min(batch * heads, sharing * in_l2),
                 heads=heads,
                 group=group,
                 softmax_scale=attention.softmax_scale,
