@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import ring_flash_attn as rfa
 from ranks import run_ranks
+from ring_flash_attn.core.validate import check_transport
 from ring_flash_attn.ring_flash_attn import ring_flash_attn_backward, ring_flash_attn_forward
 
 
@@ -167,3 +168,13 @@ def triton_without_interpreter(rank: int) -> str:
 def test_triton_on_cpu_tensors_says_how_to_turn_the_interpreter_on(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "TRITON_INTERPRET=1" in run_ranks(1, triton_without_interpreter)[0]
+
+
+def test_a_group_that_cannot_send_the_tensors(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    check_transport(None, torch.zeros(1))  # one rank sends nothing
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="group must be able to send q's device cpu, got .*nccl"):
+        check_transport(None, torch.zeros(1))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    check_transport(None, torch.zeros(1))

@@ -8,7 +8,7 @@ Later calls cost one dictionary lookup. RING_FLASH_ATTN_CHECK=1 exchanges on eve
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,11 +23,15 @@ _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @contextmanager
-def agreement(group: dist.ProcessGroup | None) -> Iterator[dict[str, str] | None]:
+def agreement(group: dist.ProcessGroup | None, own: object) -> Iterator[dict[str, str] | None]:
     """Yield a dict to fill with what this rank does, and compare it on leaving; None if not due.
 
     An error inside is exchanged too, and raised here as it is and on the other ranks as a
     ValueError that names this rank.
+
+    Args:
+        group: the ranks that compare; None for the default group.
+        own: a tensor of the call, on whose device nccl exchanges; anything else if it is not one.
 
     Raises:
         ValueError: ranks differ; names each field and what every rank has.
@@ -40,9 +44,9 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[dict[str, str] | None
     try:
         yield mine
     except Exception as error:
-        _exchange(group, world_size, {_ERROR: f"{type(error).__name__}: {error}"})
+        _exchange(group, own, {_ERROR: f"{type(error).__name__}: {error}"})
         raise
-    _compare(_exchange(group, world_size, mine))
+    _compare(_exchange(group, own, mine))
 
 
 def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
@@ -58,10 +62,13 @@ def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
 
 
 def _exchange(
-    group: dist.ProcessGroup | None, world_size: int, mine: dict[str, str]
+    group: dist.ProcessGroup | None, own: object, mine: dict[str, str]
 ) -> list[dict[str, str]]:
-    everyone: list[dict[str, str]] = [{} for _ in range(world_size)]
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
+    on_gpu = isinstance(own, torch.Tensor) and own.is_cuda
+    # nccl gathers objects on the current device, which a caller may never have set.
+    with torch.cuda.device(own.device) if on_gpu else nullcontext():
+        dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 

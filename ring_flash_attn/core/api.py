@@ -12,6 +12,7 @@ from .validate import (
     check_backward,
     check_layouts,
     check_tensors,
+    check_transport,
 )
 
 
@@ -50,7 +51,7 @@ def ring_attention(
         NotImplementedError: no backend of that name runs it; lists every reason.
         All are raised before anything is sent.
     """
-    with agreement(group) as same:
+    with agreement(group, q) as same:
         call = ring_call(
             q,
             k,
@@ -86,6 +87,7 @@ def ring_call(
     """
     check_tensors(q, k, v)
     attention = check_attention(q.shape[-1], **options)
+    check_transport(group, q)
     q_layout, k_layout = check_layouts(layout, attention, q, k, dist.get_world_size(group))
     runs = select_backend(backend, attention, q, k, v)
     plan = plan_ring(attention, q_layout, k_layout, dist.get_rank(group))

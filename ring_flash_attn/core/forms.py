@@ -102,6 +102,7 @@ def func(name: str, module: str, layout: str, backend: str):
         group: dist.ProcessGroup | None = None,
     ) -> Result:
         return _run(
+            q,
             lambda: (q, k, v),
             layout,
             backend,
@@ -134,6 +135,7 @@ def kvpacked_func(name: str, module: str, layout: str, backend: str):
         group: dist.ProcessGroup | None = None,
     ) -> Result:
         return _run(
+            q,
             lambda: _unpack_kv(q, kv),
             layout,
             backend,
@@ -167,6 +169,7 @@ def qkvpacked_func(name: str, module: str, layout: str, backend: str):
         group: dist.ProcessGroup | None = None,
     ) -> Result:
         return _run(
+            qkv,
             lambda: _unpack_qkv(qkv),
             layout,
             backend,
@@ -200,7 +203,7 @@ def forward(name: str, module: str, layout: str, backend: str):
         alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        with agreement(process_group) as same:
+        with agreement(process_group, q) as same:
             call = ring_call(
                 q,
                 k,
@@ -239,7 +242,7 @@ def backward(name: str, module: str, layout: str, backend: str):
         alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with agreement(process_group) as same:
+        with agreement(process_group, q) as same:
             call = ring_call(
                 q,
                 k,
@@ -284,6 +287,7 @@ class BatchFunction(RingAttention):
     ) -> Result:
         """Run the forward; (out, lse, None) with `return_softmax`, else out."""
         return _run(
+            q,
             lambda: (q, k, v),
             cls.layout,
             cls.backend,
@@ -299,6 +303,7 @@ class BatchFunction(RingAttention):
 
 
 def _run(
+    own: Tensor,
     unpack: Callable[[], tuple[Tensor, Tensor, Tensor]],
     layout: str,
     backend: str,
@@ -307,7 +312,7 @@ def _run(
     **options,
 ) -> Result:
     """Check, let the ranks agree, and run: what every form does once it has its arguments."""
-    with agreement(group) as same:
+    with agreement(group, own) as same:
         check_bool("return_attn_probs", return_attn_probs)
         q, k, v = unpack()
         call = ring_call(q, k, v, layout, backend, group, same, **options)

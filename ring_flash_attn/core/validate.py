@@ -127,6 +127,16 @@ def check_group(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group)
 
 
+def check_transport(group: dist.ProcessGroup | None, q: Tensor) -> None:
+    """Raise unless the group can move tensors of q's device: nccl alone moves no CPU tensors."""
+    backends = dist.get_backend_config(group)
+    if q.device.type == "cpu" and "cpu:" not in backends and dist.get_world_size(group) > 1:
+        raise ValueError(
+            f"group must be able to send q's device cpu, got a group of backends {backends}: "
+            "move the tensors to the GPU, or use a gloo group"
+        )
+
+
 def check_layouts(
     kind: str, attention: Attention, q: Tensor, k: Tensor, world_size: int
 ) -> tuple[Layout, Layout]:
