@@ -174,7 +174,7 @@ def test_a_group_that_cannot_send_the_tensors(monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     check_transport(None, torch.zeros(1))  # one rank sends nothing
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    with pytest.raises(ValueError, match="group must be able to send q's device cpu, got .*nccl"):
+    with pytest.raises(ValueError, match=r"group must be able to send q's device cpu, got .*nccl"):
         check_transport(None, torch.zeros(1))
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
     check_transport(None, torch.zeros(1))
