@@ -65,9 +65,9 @@ def _exchange(
     group: dist.ProcessGroup | None, own: object, mine: dict[str, str]
 ) -> list[dict[str, str]]:
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
-    on_gpu = isinstance(own, torch.Tensor) and own.is_cuda
+    device = own.device if isinstance(own, torch.Tensor) and own.is_cuda else None
     # nccl gathers objects on the current device, which a caller may never have set.
-    with torch.cuda.device(own.device) if on_gpu else nullcontext():
+    with nullcontext() if device is None else torch.cuda.device(device):
         dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
