@@ -201,13 +201,13 @@ def test_queries_that_see_nothing_anywhere(device):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128, 160, 192, 256])
 def test_head_dims(device, head_dim: int, dtype: torch.dtype):
     x = random_inputs(device, 37 * SCALE, dtype=dtype, head_dim=head_dim)
     check_local(x, causal=True, scale=head_dim**-0.5)
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 96, 128, 192, 256])
 def test_head_dims_float32(device, head_dim: int):
     x = random_inputs(device, 37 * SCALE, head_dim=head_dim)
     check_local(x, causal=True, scale=head_dim**-0.5)

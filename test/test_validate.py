@@ -1,5 +1,8 @@
 """Bad input raises, naming the argument, before anything is sent."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +37,21 @@ TENSOR_CASES = {
     "k batch": ("k", torch.zeros(2, 8, 2, 16), ValueError, "k must have q's batch size 1"),
     "k head dim": ("k", torch.zeros(1, 8, 2, 8), ValueError, "k must have q's head dim 16"),
     "k length": ("k", torch.zeros(1, 6, 2, 16), ValueError, "v must have k's shape"),
+    "q scalar": ("q", torch.tensor(1.0), ValueError, "q must be .* got shape"),
+    "q list": ("q", [[1.0]], TypeError, "q must be a tensor .* got list"),
+    "q bool": ("q", torch.zeros(1, 8, 4, 16).bool(), TypeError, "q must have a float dtype"),
+    "q complex": ("q", torch.zeros(1, 8, 4, 16).cfloat(), TypeError, "q must have a float dtype"),
+    "q no batch": ("q", torch.zeros(0, 8, 4, 16), ValueError, "q must be .* no empty axis"),
+    "q no heads": ("q", torch.zeros(1, 8, 0, 16), ValueError, "q must be .* no empty axis"),
+    "q no width": ("q", torch.zeros(1, 8, 4, 0), ValueError, "q must be .* no empty axis"),
+    "q fewer heads": ("q", torch.zeros(1, 8, 1, 16), ValueError, "q's heads must be a multiple"),
+    "k 5-D": ("k", torch.zeros(1, 8, 2, 2, 16), ValueError, r"k must be \[B, L, Hk, D\]"),
+    "k integer": ("k", torch.zeros(1, 8, 2, 16).long(), TypeError, "k must have a float dtype"),
+    "k empty": ("k", torch.zeros(1, 0, 2, 16), ValueError, "k must be .* no empty axis"),
+    "v no tensor": ("v", 3.0, TypeError, "v must be a tensor .* got float"),
+    "v batch": ("v", torch.zeros(2, 8, 2, 16), ValueError, "v must have q's batch size 1"),
+    "v device": ("v", torch.zeros(1, 8, 2, 16, device="meta"), ValueError, "v must be on q's dev"),
+    "v width": ("v", torch.zeros(1, 8, 2, 24), ValueError, "v must have q's head dim 16"),
     "v heads": ("v", torch.zeros(1, 8, 4, 16), ValueError, "v must have k's shape"),
     "v dtype": ("v", torch.zeros(1, 8, 2, 16).double(), ValueError, "v must have q's dtype"),
 }
@@ -53,6 +71,26 @@ OPTION_CASES = {
     "causal None": ({"causal": None}, TypeError, "causal must be True or False"),
     "deterministic 1": ({"deterministic": 1}, TypeError, "deterministic must be True or False"),
     "probs 1": ({"return_attn_probs": 1}, TypeError, "return_attn_probs must be True or False"),
+    "window None": ({"window_size": None}, TypeError, "window_size must be a pair"),
+    "window text": ({"window_size": "ab"}, TypeError, "window_size must be a pair"),
+    "window long": ({"window_size": (1, 2, 3)}, TypeError, "window_size must be a pair"),
+    "window bool": ({"window_size": (True, 0)}, TypeError, "window_size must hold two ints"),
+    "window right": (
+        {"window_size": (0, -5)},
+        ValueError,
+        r"ints >= -1 \(-1: open\), got \(0, -5\)",
+    ),
+    "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
+    "dropout None": ({"dropout_p": None}, TypeError, "dropout_p must be a number"),
+    "dropout bool": ({"dropout_p": True}, TypeError, "dropout_p must be a number"),
+    "alibi list": ({"alibi_slopes": [1.0]}, NotImplementedError, "alibi_slopes: no backend"),
+    "scale bool": ({"softmax_scale": True}, TypeError, "softmax_scale must be a number"),
+    "scale inf": ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite"),
+    "scale negative": ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be finite and > 0"),
+    "scale tensor": ({"softmax_scale": torch.ones(1)}, TypeError, "softmax_scale must be a number"),
+    "causal 1": ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
+    "deterministic None": ({"deterministic": None}, TypeError, "deterministic must be True or F"),
+    "group int": ({"group": 0}, TypeError, "group must be a ProcessGroup or None, got int"),
     "group text": ({"group": "world"}, TypeError, "group must be a ProcessGroup or None"),
 }
 FUNCS = [
@@ -95,6 +133,19 @@ def test_zigzag_needs_an_even_local_length_even_on_one_rank(name):
     for func in (rfa.zigzag_ring_flash_attn_func, rfa.triton_zigzag_ring_flash_attn_func):
         with pytest.raises(ValueError, match=f"{name} must have an even local length"):
             func(*tensors(**changes))
+
+
+def test_there_are_at_least_sixty_cases():
+    assert len(TENSOR_CASES) + len(OPTION_CASES) >= 56  # and the single ones below
+
+
+def test_checks_do_not_live_in_asserts():
+    """`python -O` drops asserts; every case must raise all the same."""
+    command = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "bad_tensor or bad_option or lengths or even or packed", "-W", "ignore"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "failed" not in result.stdout
 
 
 def test_packed_forms_name_their_own_argument():
