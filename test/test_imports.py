@@ -202,3 +202,26 @@ def test_the_package_imports_without_its_optional_packages():
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_without_triton_the_native_names_work_and_the_others_say_what_to_install():
+    code = """
+import sys
+import importlib.util
+sys.modules["triton"] = None
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else found(name, *a)
+import torch, torch.distributed as dist, ring_flash_attn
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+q = torch.randn(1, 8, 2, 16)
+assert ring_flash_attn.zigzag_ring_flash_attn_func(q, q, q, causal=True).isfinite().all()
+try:
+    ring_flash_attn.triton_ring_flash_attn_func(q, q, q)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
