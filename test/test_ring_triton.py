@@ -27,7 +27,8 @@ HALF_CASES = [
 def measured(world_size: int, dtype: torch.dtype):
     cases = grid() if dtype == torch.float32 else HALF_CASES
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return run_ranks(world_size, shard_errors, world_size, cases, "triton", dtype, device)
+    args = (world_size, cases, "triton", dtype, device)
+    return run_ranks(world_size, shard_errors, *args, timeout_s=550)
 
 
 @pytest.mark.parametrize("index", range(len(grid())), ids=[str(case) for case in grid()])
