@@ -70,6 +70,7 @@ OPTION_CASES = {
     "scale nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite"),
     "causal None": ({"causal": None}, TypeError, "causal must be True or False"),
     "deterministic 1": ({"deterministic": 1}, TypeError, "deterministic must be True or False"),
+    "probs None": ({"return_attn_probs": None}, TypeError, "return_attn_probs must be True or Fa"),
     "probs 1": ({"return_attn_probs": 1}, TypeError, "return_attn_probs must be True or False"),
     "window None": ({"window_size": None}, TypeError, "window_size must be a pair"),
     "window text": ({"window_size": "ab"}, TypeError, "window_size must be a pair"),
@@ -136,7 +137,7 @@ def test_zigzag_needs_an_even_local_length_even_on_one_rank(name):
 
 
 def test_there_are_at_least_sixty_cases():
-    assert len(TENSOR_CASES) + len(OPTION_CASES) >= 56  # and the single ones below
+    assert len(TENSOR_CASES) + len(OPTION_CASES) >= 60
 
 
 def test_checks_do_not_live_in_asserts():

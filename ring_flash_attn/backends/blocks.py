@@ -19,6 +19,10 @@ class BlockBackend:
 
     name = "block"
 
+    def blocks_of(self, step_plan: StepPlan) -> tuple[Block, ...]:
+        """Return the step's blocks, cut as this backend's kernel needs them."""
+        return step_plan.blocks
+
     def attend(
         self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -46,12 +50,13 @@ class BlockBackend:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        store = step_plan.first and len(step_plan.blocks) == 1
+        blocks = self.blocks_of(step_plan)
+        store = step_plan.first and len(blocks) == 1
         if step_plan.first and not store:
             # Blocks may share rows, so none may assume that it is the first to write one.
             out.zero_()
             lse.fill_(-torch.inf)
-        for block in step_plan.blocks:
+        for block in blocks:
             rows, keys = _rows(block), _keys(block)
             block_out, block_lse = self.attend(attention, block, q[:, rows], k[:, keys], v[:, keys])
             if store:
@@ -72,11 +77,12 @@ class BlockBackend:
         dkv_target: Callable[[], GradTarget],
     ) -> None:
         # A lone block owns all rows that the step touches; several may share rows and add up.
-        alone = len(step_plan.blocks) == 1
+        blocks = self.blocks_of(step_plan)
+        alone = len(blocks) == 1
         if step_plan.first and not alone:
             dq.zero_()
         target = None
-        for block in step_plan.blocks:
+        for block in blocks:
             rows, keys = _rows(block), _keys(block)
             block_dq, block_dk, block_dv = self.gradients(
                 attention, block, cut(saved, rows), q[:, rows], k[:, keys], v[:, keys]

@@ -5,7 +5,6 @@ here: they compute rowsum(dout * out) inside, know no gradient of lse, and state
 bottom-right window.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..core.attention import Attention
 from ..core.plan import Block, StepPlan, trim
-from .base import GradTarget, Saved
+from .base import Saved
 from .blocks import BlockBackend
 
 _ALIGNMENT = 8  # elements of 16 bits: the CUDA kernels load 16 bytes at a time
@@ -35,30 +34,8 @@ class FusedBackend(BlockBackend):
         """Return a block's (dq, dk, dv) from the final out and lse, without dlse."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        attention: Attention,
-        step_plan: StepPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        super().forward(attention, split_tall(step_plan), q, k, v, out, lse)
-
-    def backward(
-        self,
-        attention: Attention,
-        step_plan: StepPlan,
-        saved: Saved,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dq: Tensor,
-        dkv_target: Callable[[], GradTarget],
-    ) -> None:
-        super().backward(attention, split_tall(step_plan), saved, q, k, v, dq, dkv_target)
+    def blocks_of(self, step_plan: StepPlan) -> tuple[Block, ...]:
+        return split_tall(step_plan).blocks
 
     def attend(
         self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
