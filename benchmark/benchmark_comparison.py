@@ -3,16 +3,20 @@
     torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv
     torchrun --nproc_per_node 2 benchmark/benchmark_comparison.py --local-lengths 2048 8192 32768
     python benchmark/benchmark_comparison.py             # a ring of one
+    torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --packed batch one stated
 
 Every implementation is timed in turn, the host waiting for each call: p20, p50, p80 of the slowest
 rank. Share of kernel: the same kernel's time on one GPU for the local length, times the ranks, over
 the ring's time; `triton` against this library's kernels, the others against their flash kernel. Up
 to a global length of 16384 errors are taken against dense attention in float64.
 
+--packed measures packed documents: `one` of the whole length, or the `stated` lengths (packing.py);
+FLOPs are those of each document's own pairs. `batch` is the zigzag batch, timed in turn with them.
+
 ring-flash-attn 0.1.8 and FlashAttention-3 come from the folder that $PEERS names (.peers); what is
 not available is skipped with its reason. Upstream over FlashAttention-2 and over FlashAttention-3
 are timed in one process. Several processes can share one --run-id. On a CPU it runs small, over
-gloo and Triton's interpreter: right, but no measure of speed.
+gloo and Triton's interpreter (packed only if TRITON_INTERPRET=1): right, but no measure of speed.
 """
 
 import argparse
@@ -21,21 +25,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import rows
 import timing
 import torch
 import torch.distributed as dist
-from kernels import Inputs, draw, kernels, truth, use_peers
+from kernels import Inputs, draw, kernels, use_peers
+from packed_rings import LLAMA3, PACKED_LAYOUTS, packed_truth
+from packing import BATCH, ONE, STATED, Packing, pack
+from rank_timing import attempt, peak_gib, slowest_times
 from report import rings_table
-from rings import KERNELS, STEMS, Ring, forward_only, over_ranks, ring, ring_errors, step
+from rings import KERNELS, STEMS
+from variants import Variant, variant
 
+import oracle
 from comparison import Place, join
 from ring_flash_attn.core.attention import Attention
 
 LONGEST_TRUTH = 16384
-CALLS = 5  # timed calls of an implementation before the next one's turn
 ONE_GPU = "one GPU"
+Made = TypeVar("Made")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +54,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--layouts", nargs="+", choices=STEMS, default=list(STEMS))
+    add("--layouts", nargs="+", choices=PACKED_LAYOUTS, help="all if unset; llama3 is packed only")
+    add("--packed", nargs="+", choices=(BATCH, ONE, STATED), help="measure packed documents")
+    add("--heads-k-stride", type=int, default=1, help="key heads that llama3 gathers at a time")
     add("--local-lengths", nargs="+", type=int, default=[8192] if on_gpu else [32])
     add("--masks", nargs="+", choices=("causal", "full", "window"), default=["causal"])
     add("--window", type=int, help="left tokens of mask window; a quarter of the sequence if unset")
@@ -64,9 +76,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--commit", help="hash of the commit, where git is absent")
     add("--allow-shared-gpus", action="store_true", help="time more ranks than GPUs")
     options = parser.parse_args(arguments)
-    if "zigzag" in options.layouts and any(n % 2 for n in options.local_lengths):
-        parser.error(f"--local-lengths: zigzag needs even ones, got {options.local_lengths}")
+    options.layouts = options.layouts or list(PACKED_LAYOUTS if options.packed else STEMS)
+    options.packings = options.packed or [BATCH]
+    complaint = _refused(options)
+    if complaint:
+        parser.error(complaint)
     return options
+
+
+def _refused(o: argparse.Namespace) -> str:
+    """Return why the options do not go together; "" if they do."""
+    odd = any(n % 2 for n in o.local_lengths)
+    if "zigzag" in o.layouts and odd:
+        return f"--local-lengths: zigzag needs even ones, got {o.local_lengths}"
+    if not o.packed and LLAMA3 in o.layouts:
+        return "--layouts: llama3 needs --packed one or stated"
+    if not o.packed:
+        return "--heads-k-stride needs --packed" if o.heads_k_stride != 1 else ""
+    if STATED in o.packed and odd:
+        return f"--local-lengths: --packed stated needs even ones, got {o.local_lengths}"
+    if BATCH in o.packed and "zigzag" not in o.layouts:
+        return f"--packed batch is the zigzag batch: --layouts needs zigzag, got {o.layouts}"
+    if o.batch != 1:
+        return f"--batch must be 1 with --packed, got {o.batch}"
+    if o.heads_k_stride < 1 or o.kv_heads % o.heads_k_stride:
+        return f"--heads-k-stride must divide {o.kv_heads} key heads, got {o.heads_k_stride}"
+    return ""
 
 
 class Comparison:
@@ -93,20 +128,25 @@ class Comparison:
             inputs = self._draw(length, attention, 1 + self.place.rank)
             self._progress(begin, number, len(cases), length, mask, ONE_GPU)
             alone = self._kernel_times(inputs)
-            whole, want = None, None
+            packings = [pack(name, length, self.place.world_size) for name in o.packings]
+            whole, truths = None, {}
             if not o.no_errors and length * self.place.world_size <= LONGEST_TRUTH:
                 whole = self._draw(length * self.place.world_size, attention, 0)
-                want = truth(whole)
+                truths = self._truths(whole, packings)
             for layout in o.layouts:
-                self._progress(begin, number, len(cases), length, mask, layout)
-                rings = self._rings(layout, inputs)
+                # Beside packed documents the batch is zigzag's only.
+                all_run = layout == "zigzag" or not o.packed
+                some = [x for x in packings if all_run or x.name != BATCH]
+                words = [x.name for x in some] if o.packed else []
+                self._progress(begin, number, len(cases), length, mask, layout, *words)
+                variants = self._variants(layout, some, inputs)
                 errors = {}
-                if whole is not None and want is not None:
+                if whole is not None:
                     errors = {
-                        impl: ring_errors(run, layout, whole, want, self.place)._asdict()
-                        for impl, run in rings.items()
+                        x: x.errors(whole, truths[x.packing.lengths], self.place)._asdict()
+                        for x in variants
                     }
-                self._measure(layout, inputs, rings, alone, errors)
+                self._measure(variants, alone, errors)
         self.say("\n" + rings_table(self.measured))
 
     def _progress(self, begin: float, number: int, cases: int, *words: object) -> None:
@@ -123,39 +163,30 @@ class Comparison:
         sizes = (o.batch, length, o.heads, o.kv_heads, o.head_dim)
         return draw(*sizes, timing.DTYPES[o.dtype], attention, seed)
 
-    def _try(self, name: str, make: Callable[[], object]) -> object | None:
+    def _try(self, name: str, make: Callable[[], Made]) -> Made | None:
         """Return what `make` returns, or None on every rank if it raises on any."""
-        made, reason = None, ""
-        # An implementation that raises, whatever it raises, must not end the others' run.
-        try:
-            made = make()
-            if self.place.device.type == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:
-            kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())[:400]
-        [failed] = over_ranks([float(bool(reason))], dist.ReduceOp.MAX, self.place)
-        if not failed:
-            return made
-        line = f"skipped {name}: {reason or 'another rank failed'}"
-        if line not in self._skipped:
+        made, reason = attempt(make, self.place)
+        line = f"skipped {name}: {reason}"
+        if reason and line not in self._skipped:
             self.say(line)
-        self._skipped.add(line)
-        return None
+            self._skipped.add(line)
+        return made
 
-    def _rings(self, layout: str, inputs: Inputs) -> dict[str, Ring]:
-        """Return the implementations that ran forward and backward once."""
+    def _truths(
+        self, whole: Inputs, packings: list[Packing]
+    ) -> dict[tuple[int, ...], oracle.Result]:
+        """Return what the global inputs should give, by document lengths."""
+        by_lengths = {packing.lengths: packing for packing in packings}
+        return {lengths: packed_truth(whole, x) for lengths, x in by_lengths.items()}
 
-        def made(impl: str) -> Ring:
-            found = ring(impl, layout, inputs)
-            step(found, inputs)()
-            return found
-
-        tried = {
-            impl: self._try(impl, lambda impl=impl: made(impl))
-            for impl in self.options.implementations
-        }
-        return {impl: found for impl, found in tried.items() if found is not None}
+    def _variants(self, layout: str, packings: list[Packing], inputs: Inputs) -> list[Variant]:
+        """Return what ran forward and backward once: every packing of every implementation."""
+        stride, found = self.options.heads_k_stride, []
+        for impl, packing in itertools.product(self.options.implementations, packings):
+            name = impl if packing.name == BATCH else f"{impl} {packing.name} {layout}"
+            given = impl, layout, packing, inputs, self.place, stride
+            found.append(self._try(name, lambda given=given: variant(*given)))
+        return [x for x in found if x is not None]
 
     def _kernel_times(self, inputs: Inputs) -> dict[tuple[str, str], float]:
         """Return the median ms of the kernels that the implementations share, by kernel and pass.
@@ -166,95 +197,68 @@ class Comparison:
         for name in dict.fromkeys(KERNELS[impl] for impl in self.options.implementations):
             found = self._try(f"one-GPU {name}", lambda name=name: kernels(name, inputs))
             runs |= {(x.impl, x.pass_): x.run for x in found or () if not x.state}
-        times = self._timed(runs)
+        times = slowest_times(runs, self.options.repeats, self.place)
+        here = Packing(BATCH, (inputs.q.shape[1],))
         for (impl, pass_), ms in times.items():
-            self.measured.append(self._row(ONE_GPU, inputs, impl, pass_, ms, 1))
+            self.measured.append(self._row(ONE_GPU, here, inputs, impl, pass_, ms, 1))
         return {key: ms.p50 for key, ms in times.items()}
 
     def _measure(
         self,
-        layout: str,
-        inputs: Inputs,
-        rings: dict[str, Ring],
+        variants: list[Variant],
         alone: dict[tuple[str, str], float],
-        errors: dict[str, dict[str, float]],
+        errors: dict[Variant, dict[str, float]],
     ) -> None:
-        """Time the rings of one layout and keep and write their rows."""
+        """Time the variants in turn and keep and write their rows."""
         for pass_ in self.options.passes:
-            make = forward_only if pass_ == "fwd" else step
-            runs = {impl: make(found, inputs) for impl, found in rings.items()}
-            times = self._timed(runs)
-            for impl, ms in times.items():
-                row = self._row(layout, inputs, impl, pass_, ms, self.place.world_size)
-                row["share_of_kernel"] = self._share(inputs, impl, pass_, ms.p50, alone)
-                row["peak_gib"] = self._peak(runs[impl], inputs)
-                for name, error in errors.get(impl, {}).items():
+            runs = {x: x.call(pass_) for x in variants}
+            for x, ms in slowest_times(runs, self.options.repeats, self.place).items():
+                given = x.packing, x.inputs, x.impl, pass_, ms, self.place.world_size
+                row = self._row(x.layout, *given)
+                row["share_of_kernel"] = self._share(x, pass_, ms.p50, alone)
+                row["peak_gib"] = peak_gib(runs[x], x.inputs[:3], self.place)
+                for name, error in errors.get(x, {}).items():
                     if name == "out" or pass_ == "fwd_bwd":
                         row[f"err_{name}"] = error
                 self.measured.append(row)
                 if self.options.csv and self.place.rank == 0:
                     rows.append(self.options.csv, rows.RING, row)
 
-    def _timed(self, runs: dict) -> dict:
-        """Return quantiles by name: in turn, the slowest rank's."""
-        repeats, cuda = self.options.repeats, self.place.device.type == "cuda"
-        for run in runs.values():
-            timing.call_times(run, 0, timing.WARMUP if cuda else 1)
-
-        def turn(run: timing.Run) -> list[float]:
-            dist.barrier()
-            return timing.call_times(run, min(CALLS, repeats), int(cuda))
-
-        times = timing.interleaved(runs, -(-repeats // CALLS), turn)
-        return {
-            name: timing.Quantiles(
-                *over_ranks([*timing.quantiles(ms[:repeats])], dist.ReduceOp.MAX, self.place)
-            )
-            for name, ms in times.items()
-        }
-
-    def _peak(self, run: timing.Run, inputs: Inputs) -> float | None:
-        """Return the most GiB that a call holds beyond what is there, on any rank."""
-        if self.place.device.type != "cuda":
-            return None
-        for x in inputs[:3]:
-            x.grad = None
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        gib = (torch.cuda.max_memory_allocated() - before) / 2**30
-        return over_ranks([gib], dist.ReduceOp.MAX, self.place)[0]
-
     def _share(
+        self, x: Variant, pass_: str, ms: float, alone: dict[tuple[str, str], float]
+    ) -> float | None:
+        """Return the share of the kernel; None where the local work is no measure of the whole.
+
+        That is under a window, and with several documents.
+        """
+        passes = ("fwd", "bwd") if pass_ == "fwd_bwd" else ("fwd",)
+        known = [alone.get((KERNELS[x.impl], name)) for name in passes]
+        times = [ms for ms in known if ms is not None]
+        several = x.packing.name == STATED
+        if len(times) < len(passes) or several or x.inputs.attention.window != (-1, -1):
+            return None
+        return sum(times) * self.place.world_size / ms
+
+    def _row(
         self,
+        layout: str,
+        packing: Packing,
         inputs: Inputs,
         impl: str,
         pass_: str,
-        ms: float,
-        alone: dict[tuple[str, str], float],
-    ) -> float | None:
-        """Return the share of the kernel; None under a window, where local work is no measure."""
-        passes = ("fwd", "bwd") if pass_ == "fwd_bwd" else ("fwd",)
-        known = [alone.get((KERNELS[impl], x)) for x in passes]
-        if None in known or inputs.attention.window != (-1, -1):
-            return None
-        return sum(known) * self.place.world_size / ms
-
-    def _row(
-        self, layout: str, inputs: Inputs, impl: str, pass_: str, ms: timing.Quantiles, ranks: int
+        ms: timing.Quantiles,
+        ranks: int,
     ) -> dict:
         """Return a row without share, peak and errors. `ranks` share the sequence."""
         o, attention = self.options, inputs.attention
-        local, mask = inputs.q.shape[1], (attention.causal, attention.window)
-        work = timing.flops(o.batch, local * ranks, o.heads, o.head_dim, *mask, pass_) / ranks
+        mask = attention.causal, attention.window
+        work = packing.flops(o.batch, o.heads, o.head_dim, *mask, pass_) / ranks
+        exchange = "gather" if layout == LLAMA3 else "ring"
         given = {
             **self.source,
-            **{"world_size": ranks, "impl": impl, "exchange": "ring", "layout": layout},
-            **{"packing": "batch", "pass": pass_, "dtype": o.dtype, "batch": o.batch},
-            **{"local_len": local, "heads": o.heads, "kv_heads": o.kv_heads},
+            **{"world_size": ranks, "impl": impl, "exchange": exchange, "layout": layout},
+            **{"packing": packing.name, "pass": pass_, "dtype": o.dtype, "batch": o.batch},
+            **{"local_len": inputs.q.shape[-3], "heads": o.heads, "kv_heads": o.kv_heads},
             **{"head_dim": o.head_dim, "causal": mask[0], "window": timing.window_text(mask[1])},
             **{"graph": 0, "ms_p20": ms.p20, "ms_p50": ms.p50, "ms_p80": ms.p80},
             "tflops_per_gpu": work / ms.p50 / 1e9,

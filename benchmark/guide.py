@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import rows
-from report import case_name, kernel_name, mask_name
+from report import case_name, kernel_name, layout_name, mask_name
 
 GUIDE = Path(__file__).resolve().parent.parent / "COMPARISON_GUIDE.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -36,6 +36,10 @@ implementations in turn, the host waiting for each call, slowest rank. Share of 
 kernel's time on one GPU for the local length, times P, over the ring's time. Errors: relative,
 against dense attention in float64. `+ state`: the kernel continues a float32 state or adds to
 float32 gradients, as every step of a ring after the first does.
+"""
+PACKED = """`one` is one document of P x L tokens; `stated` as many tokens in documents of 128 to
+16384 tokens: log-uniform, seed 0, multiples of 2P. FLOPs are those of each document's own pairs.
+`llama3` gathers K and V; the other layouts send them round the ring.
 """
 TROUBLE = {
     "everything is slower by the same factor": (
@@ -65,19 +69,21 @@ TROUBLE = {
 
 def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
     """Return the part as Markdown. `pictures`: folder of the plots, relative to the guide."""
-    kernels, rings = rows.newest_run(kernel_rows), rows.newest_run(ring_rows)
+    kernels = rows.newest_run(kernel_rows)
+    rings, packed = (rows.newest_run(part) for part in rows.by_packing(ring_rows))
     parts = []
-    if not kernels and not rings:
+    if not kernels and not rings and not packed:
         parts.append("Nothing is measured yet: `benchmark/results` holds no rows.\n")
     if kernels:
         parts += [f"### One GPU\n\n{_origin(kernels)}\n", _kernels_table(kernels)]
         parts += [_ratios(kernels, "triton", "fa2"), _ratios(kernels, "triton", "fa3")]
         parts.append(f"![TFLOP/s of one GPU]({pictures}/kernels.svg)\n")
     if rings:
-        parts += [f"### Rings\n\n{_origin(rings)}\n", _rings_table(rings)]
-        parts += [_ratios(rings, "triton", f"upstream-fa{n}") for n in (2, 3)]
-        parts += [_ratios(rings, f"native-fa{n}", f"upstream-fa{n}") for n in (2, 3)]
+        parts += [f"### Rings\n\n{_origin(rings)}\n", *_rings(rings)]
         parts.append(f"![TFLOP/s per GPU of the rings]({pictures}/ring.svg)\n")
+    if packed:
+        parts += [f"### Packed\n\n{_origin(packed)}\n", PACKED, *_rings(packed)]
+        parts.append(f"![TFLOP/s per GPU of packed documents]({pictures}/packed.svg)\n")
     trouble = _markdown(["symptom", "cause and what to do"], [list(x) for x in TROUBLE.items()])
     parts += [RERUN, "### Where numbers look wrong\n", trouble]
     return "\n".join(part for part in parts if part)
@@ -117,10 +123,19 @@ def _kernels_table(found: list[Row]) -> str:
     return _markdown(columns, table)
 
 
+def _rings(found: list[Row]) -> list[str]:
+    """Return the table and the ratios of rows; nothing of none."""
+    if not found:
+        return []
+    ratios = [_ratios(found, "triton", f"upstream-fa{n}") for n in (2, 3)]
+    ratios += [_ratios(found, f"native-fa{n}", f"upstream-fa{n}") for n in (2, 3)]
+    return [_rings_table(found), *ratios]
+
+
 def _rings_table(found: list[Row]) -> str:
     lines: dict[tuple, dict[str, Row]] = {}
     for row in found:
-        key = (row["world_size"], case_name(row), row["dtype"], mask_name(row), row["layout"])
+        key = (row["world_size"], case_name(row), row["dtype"], mask_name(row), layout_name(row))
         lines.setdefault((*key, row["impl"]), {})[row["pass"]] = row
     table = []
     for key, passes in lines.items():
@@ -143,7 +158,8 @@ def _ratios(found: list[Row], ours: str, rival: str) -> str:
     """Say how many times as fast as `rival` is `ours`, pass by pass; "" if not both ran."""
     times: dict[tuple, dict[str, float]] = {}
     for row in found:
-        key = (row["pass"], row.get("layout", ""), case_name(row), mask_name(row), row["dtype"])
+        layout = layout_name(row) if "layout" in row else ""
+        key = (row["pass"], layout, case_name(row), mask_name(row), row["dtype"])
         key += (row.get("world_size", ""), row["gpu"])
         times.setdefault(key, {})[kernel_name(row)] = float(row["ms_p50"])
     groups: dict[tuple[str, str], list[float]] = {}
@@ -151,12 +167,17 @@ def _ratios(found: list[Row], ours: str, rival: str) -> str:
         if ours in of and rival in of:
             groups.setdefault(key[:2], []).append(of[rival] / of[ours])
     said = [
-        f"{layout}{' ' if layout else ''}{pass_} {min(x):.2f} to {max(x):.2f}"
+        f"{layout}{' ' if layout else ''}{pass_} {_range(x)}"
         for (pass_, layout), x in groups.items()
     ]
     if not said:
         return ""
     return f"Expect {ours} to be this many times as fast as {rival}: {'; '.join(said)}.\n"
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _markdown(columns: list[str], table: list[list[str]]) -> str:

@@ -21,7 +21,7 @@ from ring_flash_attn.backends.flash import Flash3Backend, Flash4Backend
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.plan import StepPlan, plan_local
 
-IMPLEMENTATIONS = ("triton", "fa2", "cudnn", "fa3", "fa4")
+IMPLEMENTATIONS = ("triton", "triton-hopper", "fa2", "cudnn", "fa3", "fa4")
 FLASH = {"fa2": AtenBackend(), "fa3": Flash3Backend(), "fa4": Flash4Backend()}
 aten = torch.ops.aten
 
@@ -118,6 +118,9 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     """
     if impl == "triton":
         return triton_kernels(inputs)
+    if impl == "triton-hopper":
+        # Its backward is the one of "triton".
+        return [kernel for kernel in triton_kernels(inputs, True) if kernel.pass_ == "fwd"]
     if impl == "cudnn":
         return _cudnn_kernels(inputs)
     backend = FLASH[impl]
@@ -139,16 +142,29 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     ]
 
 
-def triton_kernels(inputs: Inputs) -> list[Kernel]:
+def triton_kernels(inputs: Inputs, hopper_forward: bool = False) -> list[Kernel]:
     """Return the library's kernels, each storing and each continuing an fp32 state.
 
     Forward that stores writes the input's dtype, as its peers do. Backward is delta, dQ and dKV
     with float32 gradients.
+
+    Args:
+        hopper_forward: the forward for sm_90 instead of the portable one.
+
+    Raises:
+        NotImplementedError: as kernels.
     """
+    from ring_flash_attn.backends import hopper
     from ring_flash_attn.backends.triton import TritonBackend
 
-    backend = TritonBackend()
+    impl = "triton-hopper" if hopper_forward else "triton"
+    backend = TritonBackend(hopper_forward=hopper_forward)
     _check(backend, inputs)
+    if hopper_forward:
+        major, minor = torch.cuda.get_device_capability(inputs.q.device)
+        refused = hopper.unsupported(10 * major + minor, inputs.q.dtype, inputs.q.shape[3])
+        if refused:
+            raise NotImplementedError("; ".join(refused))
     attention, plan = inputs.attention, inputs.plan
     again = plan._replace(step=1)
     q, k, v, dout, _ = inputs
@@ -184,10 +200,10 @@ def triton_kernels(inputs: Inputs) -> list[Kernel]:
         return backward(sums)
 
     return [
-        Kernel("triton", "fwd", False, forward, lambda: forward()[:1]),
-        Kernel("triton", "fwd", True, fold, fold),
-        Kernel("triton", "bwd", False, backward, backward),
-        Kernel("triton", "bwd", True, lambda: backward(sums), add_once),
+        Kernel(impl, "fwd", False, forward, lambda: forward()[:1]),
+        Kernel(impl, "fwd", True, fold, fold),
+        Kernel(impl, "bwd", False, backward, backward),
+        Kernel(impl, "bwd", True, lambda: backward(sums), add_once),
     ]
 
 

@@ -86,12 +86,12 @@ def launch(candidate: Candidate, inputs: Inputs, folds: bool) -> Launch:
     """
     from ring_flash_attn.backends.triton import TritonBackend
 
-    def lookup(arch: int, head_dim: int, dtype: str, pass_: str) -> Choice:
+    def lookup(arch: int, head_dim: int, dtype: str, pass_: str, documents: bool) -> Choice:
         if pass_ == candidate.pass_ and candidate.config is not None:
             return Choice(candidate.config, arch, "")
-        return launch_config(arch, head_dim, dtype, pass_)
+        return launch_config(arch, head_dim, dtype, pass_, documents)
 
-    backend = TritonBackend(lookup)
+    backend = TritonBackend(lookup, hopper_forward=False)
     attention, plan = inputs.attention, inputs.plan
     q, k, v, dout, _ = inputs
     out = torch.empty_like(q, dtype=torch.float32 if folds else q.dtype)

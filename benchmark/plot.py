@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import rows
-from report import case_name, kernel_name, mask_name
+from report import case_name, kernel_name, layout_name, mask_name
 
 COLORS = {
     **{"triton": "#1b6ca8", "triton + state": "#7fb2d9", "native-aten": "#f0b9a0"},
+    **{"triton-hopper": "#0b3c5d", "triton-hopper + state": "#4a7fa8"},
     **{"fa2": "#d9d9d9", "cudnn": "#969696", "fa3": "#4d4d4d", "fa4": "#111111"},
     **{"native-fa2": "#e08f6c", "native-fa3": "#c0532b"},
     **{"upstream-fa2": "#b9d8a8", "upstream-fa3": "#5b9a43"},
@@ -26,7 +27,7 @@ def bars(found: list[dict[str, str]], columns: tuple[str, ...], pass_: str) -> B
     for row in found:
         if row["pass"] == pass_:
             case = f"{case_name(row)}\n{mask_name(row)}"
-            case += f", {row['layout']}, P {row['world_size']}" if "layout" in row else ""
+            case += f", {layout_name(row)}, P {row['world_size']}" if "layout" in row else ""
             result.setdefault(case, {})[kernel_name(row)] = float(row[speed])
     return result
 
@@ -77,9 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     options = parser.parse_args(arguments)
     options.to.mkdir(parents=True, exist_ok=True)
-    files = (("kernels", options.kernels, rows.KERNELS), ("ring", options.ring, rows.RING))
-    for stem, source, columns in files:
-        found = rows.newest_run(rows.read(source, columns))
+    batches, packed = rows.by_packing(rows.read(options.ring, rows.RING))
+    pictures = (
+        ("kernels", rows.read(options.kernels, rows.KERNELS), rows.KERNELS),
+        ("ring", batches, rows.RING),
+        ("packed", packed, rows.RING),
+    )
+    for stem, measured, columns in pictures:
+        found = rows.newest_run(measured)
         if not found:
             print(f"{stem}: nothing measured yet")
             continue

@@ -23,14 +23,14 @@ def kernels_table(measured: list[dict]) -> str:
 
 def rings_table(measured: list[dict]) -> str:
     """Return the table: the columns of the CSV, tokens/s, and speed over upstream's."""
-    case_of = ("local_len", "causal", "window", "layout", "pass")
+    case_of = ("local_len", "causal", "window", "layout", "packing", "pass")
     times = {(*(r[c] for c in case_of), r["impl"]): r["ms_p50"] for r in measured}
     lines = []
     for r in measured:
         ms = r["ms_p50"]
         tokens = r["batch"] * r["local_len"] * r["world_size"] / ms * 1e3
         rivals = (times.get((*(r[c] for c in case_of), f"upstream-fa{n}")) for n in (2, 3))
-        line = [r["local_len"], mask_name(r), r["layout"], r["impl"], r["pass"]]
+        line = [r["local_len"], mask_name(r), layout_name(r), r["impl"], r["pass"]]
         line += [f"{r[c]:.2f}" for c in ("ms_p20", "ms_p50", "ms_p80")]
         line += [f"{tokens:,.0f}", f"{r['tflops_per_gpu']:.4g}"]
         line += [_given(r["share_of_kernel"], "{:.1%}"), _given(r["peak_gib"], "{:.2f}")]
@@ -52,6 +52,11 @@ def case_name(row: dict) -> str:
 def kernel_name(row: dict) -> str:
     """Return the implementation, and whether it continued a state."""
     return f"{row['impl']} + state" if int(row.get("state", 0)) else row["impl"]
+
+
+def layout_name(row: dict) -> str:
+    """Return the layout, and the packing if it is not a batch."""
+    return row["layout"] if row["packing"] == "batch" else f"{row['layout']} {row['packing']}"
 
 
 def mask_name(row: dict) -> str:

@@ -14,12 +14,14 @@ import timing  # makes the library and the oracle importable
 import torch
 import torch.distributed as dist
 from kernels import Inputs, use_peers
+from rank_timing import over_ranks
 from torch import Tensor
 
 import oracle
 from comparison import Place
 from ring_flash_attn.backends import select_backend
 from ring_flash_attn.core.api import ring_attention
+from ring_flash_attn.core.attention import Attention
 
 BACKENDS = {
     "triton": "triton",
@@ -34,6 +36,7 @@ KERNELS = {
 }
 STEMS = {"contiguous": "ring", "zigzag": "zigzag_ring", "stripe": "stripe"}
 Ring = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shard = Callable[[Tensor], Tensor]  # of a global tensor, this rank's rows
 
 
 class RingErrors(NamedTuple):
@@ -54,21 +57,40 @@ def ring(impl: str, layout: str, inputs: Inputs) -> Ring:
     attention = inputs.attention
     masked = {"causal": attention.causal, "window_size": attention.window}
     if impl in BACKENDS:
-        try:
-            select_backend(BACKENDS[impl], attention, *inputs[:3])
-        except NotImplementedError as error:
-            reasons = (line.strip() for line in str(error).splitlines()[1:])
-            raise NotImplementedError("; ".join(reasons)) from None
+        check_backend(impl, attention, *inputs[:3])
         options = {"layout": layout, "backend": BACKENDS[impl], **masked}
         return lambda q, k, v: ring_attention(q, k, v, **options)[0]
+    func = getattr(upstream(impl, layout, inputs), f"{STEMS[layout]}_flash_attn_func")
+    return lambda q, k, v: func(q, k, v, causal=attention.causal)
+
+
+def check_backend(impl: str, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise NotImplementedError, with the reasons alone, where a backend does not run this."""
+    try:
+        select_backend(BACKENDS[impl], attention, q, k, v)
+    except NotImplementedError as error:
+        reasons = (line.strip() for line in str(error).splitlines()[1:])
+        raise NotImplementedError("; ".join(reasons)) from None
+
+
+def upstream(impl: str, layout: str, inputs: Inputs) -> ModuleType:
+    """Return ring-flash-attn 0.1.8 over the kernels of `impl`.
+
+    Raises:
+        NotImplementedError: it cannot run here or not on these inputs; the message says why.
+    """
+    attention = inputs.attention
     if not inputs.q.is_cuda:
         raise NotImplementedError("runs on cuda, got cpu")
     if attention.window != (-1, -1):
-        raise NotImplementedError("takes a window of each hop for one of the whole: wrong")
-    if not attention.causal and layout != "contiguous":
+        raise NotImplementedError(
+            "takes a window of each hop for one of the whole: wrong"
+            if layout in STEMS
+            else f"{layout} is timed without a window: the stand-in for flash-attn takes none"
+        )
+    if not attention.causal and layout in ("zigzag", "stripe"):
         raise NotImplementedError(f"{layout} is causal only")
-    func = getattr(_upstream(impl), f"{STEMS[layout]}_flash_attn_func")
-    return lambda q, k, v: func(q, k, v, causal=attention.causal)
+    return _upstream(impl)
 
 
 def _upstream(impl: str) -> ModuleType:
@@ -130,33 +152,26 @@ def forward_only(ring: Ring, inputs: Inputs) -> Callable[[], None]:
     return forward
 
 
+def batch_shard(layout: str, place: Place) -> Shard:
+    """Return [B, S, ...] -> [B, L, ...]: this rank's rows of a global tensor."""
+    return lambda x: oracle.shard(x, layout, place.world_size, place.rank)
+
+
 def ring_errors(
-    ring: Ring, layout: str, inputs: Inputs, truth: oracle.Result, place: Place
+    ring: Ring, shard: Shard, inputs: Inputs, truth: oracle.Result, place: Place
 ) -> RingErrors:
     """Return the errors of a ring over the global `inputs`; NaN where a result is not finite."""
-
-    def mine(x: Tensor) -> Tensor:
-        return oracle.shard(x, layout, place.world_size, place.rank)
-
-    q, k, v, dout = (mine(x) for x in inputs[:4])
+    q, k, v, dout = (shard(x) for x in inputs[:4])
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = ring(*leaves)
     got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
-    want = [mine(x) for x in (truth.out, truth.dq, truth.dk, truth.dv)]
+    want = [shard(x) for x in (truth.out, truth.dq, truth.dk, truth.dv)]
     sums = [
         [float((x.double() - y).square().sum()), float(y.square().sum())]
         for x, y in zip(got, want, strict=True)
     ]
     total = over_ranks(sums, dist.ReduceOp.SUM, place)
     return RingErrors(*(math.sqrt(wrong / size) for wrong, size in total))
-
-
-def over_ranks(values: list, operation: dist.ReduceOp.RedOpType, place: Place) -> list:
-    """Reduce a (nested) list of numbers over the ranks."""
-    on = place.device if place.transport == "nccl" else torch.device("cpu")
-    total = torch.tensor(values, dtype=torch.float64, device=on)
-    dist.all_reduce(total, op=operation)
-    return total.tolist()
 
 
 def _shown(folder: Path) -> str:

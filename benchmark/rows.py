@@ -55,8 +55,17 @@ def read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def newest_run(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the rows of the run that the last row belongs to."""
+    """Return the rows of the run that the last row belongs to; none if there are none."""
     return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def by_packing(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return the rows of runs over batches alone, and those of runs with packed documents."""
+    packed = {row["run"] for row in rows if row["packing"] != "batch"}
+    return (
+        [row for row in rows if row["run"] not in packed],
+        [row for row in rows if row["run"] in packed],
+    )
 
 
 def _check_header(path: Path, columns: tuple[str, ...]) -> None:

@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "test")]
+# Whether the caller wants Triton's interpreter where it takes minutes.
+WANTS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 if not torch.cuda.is_available():
     # Read when Triton is imported, which the library does on the first Triton call.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,39 +1,76 @@
 """Exact attention over a sequence sharded across GPUs, K and V travelling a ring.
 
-ring-flash-attn 0.1.8's functions for batches, with their signatures, and a `triton_` twin of
-each; its functions for packed sequences and the Hugging Face adapter are not built yet.
+ring-flash-attn 0.1.8's functions, with their signatures, and a `triton_` twin of each; its Hugging
+Face adapter is not built yet.
 """
 
 from .core.api import ring_attention
+from .core.layout import Layout
+from .core.packed_api import gathered_attention, packed_attention
+from .core.packed_layout import PackedLayout
+from .llama3_flash_attn_varlen import (
+    llama3_flash_attn_prepare_cu_seqlens,
+    llama3_flash_attn_varlen_func,
+    llama3_flash_attn_varlen_kvpacked_func,
+    llama3_flash_attn_varlen_qkvpacked_func,
+)
 from .ring_flash_attn import (
     ring_flash_attn_func,
     ring_flash_attn_kvpacked_func,
     ring_flash_attn_qkvpacked_func,
 )
+from .ring_flash_attn_varlen import (
+    ring_flash_attn_varlen_func,
+    ring_flash_attn_varlen_kvpacked_func,
+    ring_flash_attn_varlen_qkvpacked_func,
+)
 from .stripe_flash_attn import (
     stripe_flash_attn_func,
     stripe_flash_attn_kvpacked_func,
     stripe_flash_attn_qkvpacked_func,
+    stripe_flash_attn_varlen_func,
+    stripe_flash_attn_varlen_kvpacked_func,
+    stripe_flash_attn_varlen_qkvpacked_func,
 )
 from .triton_ring_flash_attn import (
     TritonRingFlashAttnFunc,
     triton_flash_attn_backward,
     triton_flash_attn_forward,
+    triton_llama3_flash_attn_varlen_backward,
+    triton_llama3_flash_attn_varlen_forward,
+    triton_llama3_flash_attn_varlen_func,
+    triton_llama3_flash_attn_varlen_kvpacked_func,
+    triton_llama3_flash_attn_varlen_qkvpacked_func,
     triton_ring_flash_attn_backward,
     triton_ring_flash_attn_forward,
     triton_ring_flash_attn_func,
     triton_ring_flash_attn_kvpacked_func,
     triton_ring_flash_attn_qkvpacked_func,
+    triton_ring_flash_attn_varlen_backward,
+    triton_ring_flash_attn_varlen_forward,
+    triton_ring_flash_attn_varlen_func,
+    triton_ring_flash_attn_varlen_kvpacked_func,
+    triton_ring_flash_attn_varlen_qkvpacked_func,
     triton_stripe_flash_attn_backward,
     triton_stripe_flash_attn_forward,
     triton_stripe_flash_attn_func,
     triton_stripe_flash_attn_kvpacked_func,
     triton_stripe_flash_attn_qkvpacked_func,
+    triton_stripe_flash_attn_varlen_backward,
+    triton_stripe_flash_attn_varlen_forward,
+    triton_stripe_flash_attn_varlen_func,
+    triton_stripe_flash_attn_varlen_kvpacked_func,
+    triton_stripe_flash_attn_varlen_qkvpacked_func,
     triton_zigzag_ring_flash_attn_backward,
     triton_zigzag_ring_flash_attn_forward,
     triton_zigzag_ring_flash_attn_func,
     triton_zigzag_ring_flash_attn_kvpacked_func,
     triton_zigzag_ring_flash_attn_qkvpacked_func,
+    triton_zigzag_ring_flash_attn_varlen_backward,
+    triton_zigzag_ring_flash_attn_varlen_forward,
+    triton_zigzag_ring_flash_attn_varlen_func,
+    triton_zigzag_ring_flash_attn_varlen_kvpacked_func,
+    triton_zigzag_ring_flash_attn_varlen_qkvpacked_func,
 )
 from .utils import AllGatherComm, RingComm
 from .zigzag_ring_flash_attn import (
@@ -41,36 +78,78 @@ from .zigzag_ring_flash_attn import (
     zigzag_ring_flash_attn_kvpacked_func,
     zigzag_ring_flash_attn_qkvpacked_func,
 )
+from .zigzag_ring_flash_attn_varlen import (
+    zigzag_ring_flash_attn_varlen_func,
+    zigzag_ring_flash_attn_varlen_kvpacked_func,
+    zigzag_ring_flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "AllGatherComm",
+    "Layout",
+    "PackedLayout",
     "RingComm",
     "TritonRingFlashAttnFunc",
+    "gathered_attention",
+    "llama3_flash_attn_prepare_cu_seqlens",
+    "llama3_flash_attn_varlen_func",
+    "llama3_flash_attn_varlen_kvpacked_func",
+    "llama3_flash_attn_varlen_qkvpacked_func",
+    "packed_attention",
     "ring_attention",
     "ring_flash_attn_func",
     "ring_flash_attn_kvpacked_func",
     "ring_flash_attn_qkvpacked_func",
+    "ring_flash_attn_varlen_func",
+    "ring_flash_attn_varlen_kvpacked_func",
+    "ring_flash_attn_varlen_qkvpacked_func",
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
+    "stripe_flash_attn_varlen_func",
+    "stripe_flash_attn_varlen_kvpacked_func",
+    "stripe_flash_attn_varlen_qkvpacked_func",
     "triton_flash_attn_backward",
     "triton_flash_attn_forward",
+    "triton_llama3_flash_attn_varlen_backward",
+    "triton_llama3_flash_attn_varlen_forward",
+    "triton_llama3_flash_attn_varlen_func",
+    "triton_llama3_flash_attn_varlen_kvpacked_func",
+    "triton_llama3_flash_attn_varlen_qkvpacked_func",
     "triton_ring_flash_attn_backward",
     "triton_ring_flash_attn_forward",
     "triton_ring_flash_attn_func",
     "triton_ring_flash_attn_kvpacked_func",
     "triton_ring_flash_attn_qkvpacked_func",
+    "triton_ring_flash_attn_varlen_backward",
+    "triton_ring_flash_attn_varlen_forward",
+    "triton_ring_flash_attn_varlen_func",
+    "triton_ring_flash_attn_varlen_kvpacked_func",
+    "triton_ring_flash_attn_varlen_qkvpacked_func",
     "triton_stripe_flash_attn_backward",
     "triton_stripe_flash_attn_forward",
     "triton_stripe_flash_attn_func",
     "triton_stripe_flash_attn_kvpacked_func",
     "triton_stripe_flash_attn_qkvpacked_func",
+    "triton_stripe_flash_attn_varlen_backward",
+    "triton_stripe_flash_attn_varlen_forward",
+    "triton_stripe_flash_attn_varlen_func",
+    "triton_stripe_flash_attn_varlen_kvpacked_func",
+    "triton_stripe_flash_attn_varlen_qkvpacked_func",
     "triton_zigzag_ring_flash_attn_backward",
     "triton_zigzag_ring_flash_attn_forward",
     "triton_zigzag_ring_flash_attn_func",
     "triton_zigzag_ring_flash_attn_kvpacked_func",
     "triton_zigzag_ring_flash_attn_qkvpacked_func",
+    "triton_zigzag_ring_flash_attn_varlen_backward",
+    "triton_zigzag_ring_flash_attn_varlen_forward",
+    "triton_zigzag_ring_flash_attn_varlen_func",
+    "triton_zigzag_ring_flash_attn_varlen_kvpacked_func",
+    "triton_zigzag_ring_flash_attn_varlen_qkvpacked_func",
     "zigzag_ring_flash_attn_func",
     "zigzag_ring_flash_attn_kvpacked_func",
     "zigzag_ring_flash_attn_qkvpacked_func",
+    "zigzag_ring_flash_attn_varlen_func",
+    "zigzag_ring_flash_attn_varlen_kvpacked_func",
+    "zigzag_ring_flash_attn_varlen_qkvpacked_func",
 ]

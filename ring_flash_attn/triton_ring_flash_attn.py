@@ -17,6 +17,22 @@ from .core.forms import (
     kvpacked_func,
     qkvpacked_func,
 )
+from .core.gather_forms import (
+    gathered_backward_form,
+    gathered_forward_form,
+    gathered_func,
+    gathered_kvpacked_func,
+    gathered_qkvpacked_func,
+)
+from .core.packed_forms import (
+    varlen_backward,
+    varlen_forward,
+    varlen_func,
+    varlen_kvpacked_func,
+    varlen_qkvpacked_func,
+    zigzag_varlen_backward,
+    zigzag_varlen_forward,
+)
 
 if TYPE_CHECKING:
     from .kernels.dkv import _bwd_kernel_dkv
@@ -30,21 +46,41 @@ __all__ = [
     "_fwd_kernel",
     "triton_flash_attn_backward",
     "triton_flash_attn_forward",
+    "triton_llama3_flash_attn_varlen_backward",
+    "triton_llama3_flash_attn_varlen_forward",
+    "triton_llama3_flash_attn_varlen_func",
+    "triton_llama3_flash_attn_varlen_kvpacked_func",
+    "triton_llama3_flash_attn_varlen_qkvpacked_func",
     "triton_ring_flash_attn_backward",
     "triton_ring_flash_attn_forward",
     "triton_ring_flash_attn_func",
     "triton_ring_flash_attn_kvpacked_func",
     "triton_ring_flash_attn_qkvpacked_func",
+    "triton_ring_flash_attn_varlen_backward",
+    "triton_ring_flash_attn_varlen_forward",
+    "triton_ring_flash_attn_varlen_func",
+    "triton_ring_flash_attn_varlen_kvpacked_func",
+    "triton_ring_flash_attn_varlen_qkvpacked_func",
     "triton_stripe_flash_attn_backward",
     "triton_stripe_flash_attn_forward",
     "triton_stripe_flash_attn_func",
     "triton_stripe_flash_attn_kvpacked_func",
     "triton_stripe_flash_attn_qkvpacked_func",
+    "triton_stripe_flash_attn_varlen_backward",
+    "triton_stripe_flash_attn_varlen_forward",
+    "triton_stripe_flash_attn_varlen_func",
+    "triton_stripe_flash_attn_varlen_kvpacked_func",
+    "triton_stripe_flash_attn_varlen_qkvpacked_func",
     "triton_zigzag_ring_flash_attn_backward",
     "triton_zigzag_ring_flash_attn_forward",
     "triton_zigzag_ring_flash_attn_func",
     "triton_zigzag_ring_flash_attn_kvpacked_func",
     "triton_zigzag_ring_flash_attn_qkvpacked_func",
+    "triton_zigzag_ring_flash_attn_varlen_backward",
+    "triton_zigzag_ring_flash_attn_varlen_forward",
+    "triton_zigzag_ring_flash_attn_varlen_func",
+    "triton_zigzag_ring_flash_attn_varlen_kvpacked_func",
+    "triton_zigzag_ring_flash_attn_varlen_qkvpacked_func",
 ]
 
 _KERNELS = {"_fwd_kernel": "forward", "_bwd_kernel_dq": "dq", "_bwd_kernel_dkv": "dkv"}
@@ -101,6 +137,70 @@ triton_stripe_flash_attn_kvpacked_func = kvpacked_func(
 )
 triton_stripe_flash_attn_qkvpacked_func = qkvpacked_func(
     "triton_stripe_flash_attn_qkvpacked_func", __name__, "stripe", "triton"
+)
+
+triton_ring_flash_attn_varlen_forward = varlen_forward(
+    "triton_ring_flash_attn_varlen_forward", __name__, "contiguous", "triton"
+)
+triton_ring_flash_attn_varlen_backward = varlen_backward(
+    "triton_ring_flash_attn_varlen_backward", __name__, "contiguous", "triton"
+)
+triton_ring_flash_attn_varlen_func = varlen_func(
+    "triton_ring_flash_attn_varlen_func", __name__, "contiguous", "triton"
+)
+triton_ring_flash_attn_varlen_kvpacked_func = varlen_kvpacked_func(
+    "triton_ring_flash_attn_varlen_kvpacked_func", __name__, "contiguous", "triton"
+)
+triton_ring_flash_attn_varlen_qkvpacked_func = varlen_qkvpacked_func(
+    "triton_ring_flash_attn_varlen_qkvpacked_func", __name__, "contiguous", "triton"
+)
+
+triton_zigzag_ring_flash_attn_varlen_forward = zigzag_varlen_forward(
+    "triton_zigzag_ring_flash_attn_varlen_forward", __name__, "zigzag", "triton"
+)
+triton_zigzag_ring_flash_attn_varlen_backward = zigzag_varlen_backward(
+    "triton_zigzag_ring_flash_attn_varlen_backward", __name__, "zigzag", "triton"
+)
+triton_zigzag_ring_flash_attn_varlen_func = varlen_func(
+    "triton_zigzag_ring_flash_attn_varlen_func", __name__, "zigzag", "triton"
+)
+triton_zigzag_ring_flash_attn_varlen_kvpacked_func = varlen_kvpacked_func(
+    "triton_zigzag_ring_flash_attn_varlen_kvpacked_func", __name__, "zigzag", "triton"
+)
+triton_zigzag_ring_flash_attn_varlen_qkvpacked_func = varlen_qkvpacked_func(
+    "triton_zigzag_ring_flash_attn_varlen_qkvpacked_func", __name__, "zigzag", "triton"
+)
+
+triton_stripe_flash_attn_varlen_forward = varlen_forward(
+    "triton_stripe_flash_attn_varlen_forward", __name__, "stripe", "triton"
+)
+triton_stripe_flash_attn_varlen_backward = varlen_backward(
+    "triton_stripe_flash_attn_varlen_backward", __name__, "stripe", "triton"
+)
+triton_stripe_flash_attn_varlen_func = varlen_func(
+    "triton_stripe_flash_attn_varlen_func", __name__, "stripe", "triton"
+)
+triton_stripe_flash_attn_varlen_kvpacked_func = varlen_kvpacked_func(
+    "triton_stripe_flash_attn_varlen_kvpacked_func", __name__, "stripe", "triton"
+)
+triton_stripe_flash_attn_varlen_qkvpacked_func = varlen_qkvpacked_func(
+    "triton_stripe_flash_attn_varlen_qkvpacked_func", __name__, "stripe", "triton"
+)
+
+triton_llama3_flash_attn_varlen_forward = gathered_forward_form(
+    "triton_llama3_flash_attn_varlen_forward", __name__, "triton"
+)
+triton_llama3_flash_attn_varlen_backward = gathered_backward_form(
+    "triton_llama3_flash_attn_varlen_backward", __name__, "triton"
+)
+triton_llama3_flash_attn_varlen_func = gathered_func(
+    "triton_llama3_flash_attn_varlen_func", __name__, "triton"
+)
+triton_llama3_flash_attn_varlen_kvpacked_func = gathered_kvpacked_func(
+    "triton_llama3_flash_attn_varlen_kvpacked_func", __name__, "triton"
+)
+triton_llama3_flash_attn_varlen_qkvpacked_func = gathered_qkvpacked_func(
+    "triton_llama3_flash_attn_varlen_qkvpacked_func", __name__, "triton"
 )
 
 

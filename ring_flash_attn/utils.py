@@ -1,4 +1,4 @@
-"""Communication over a process group, and the two free functions that ring-flash-attn exports."""
+"""Communication over a process group, and the free functions that ring-flash-attn exports."""
 
 import inspect
 import warnings
@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["AllGatherComm", "RingComm", "get_default_args", "update_out_and_lse"]
+__all__ = [
+    "AllGatherComm",
+    "RingComm",
+    "flatten_varlen_lse",
+    "get_default_args",
+    "unflatten_varlen_lse",
+    "update_out_and_lse",
+]
 
 
 class RingComm:
@@ -134,6 +141,25 @@ class AllGatherComm:
         self.handles = []
 
 
+class ReduceScatterComm:
+    """Sum every rank's tensor and keep one's own shard, several in flight, as AllGatherComm."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.handles: list[dist.Work] = []
+
+    def reduce_scatter(self, output_tensor: Tensor, input_tensor: Tensor) -> None:
+        """Start summing `input_tensor` [P n, ...] over the ranks into `output_tensor` [n, ...]."""
+        handle = _reduce_scatter(output_tensor, input_tensor, group=self.group, async_op=True)
+        self.handles.append(handle)
+
+    def wait(self) -> None:
+        """Make the current stream (gloo: the host) wait for every sum started."""
+        for handle in self.handles:
+            handle.wait()
+        self.handles = []
+
+
 def update_out_and_lse(
     out: Tensor | None,
     lse: Tensor | None,
@@ -170,6 +196,47 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tu
     return out * torch.exp(lse - finite) + block_out * torch.exp(block_lse - finite), total
 
 
+def flatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Pack an lse that is padded document by document.
+
+    Reads cu_seqlens on the host.
+
+    Args:
+        lse: [N, H, max_seqlen], any dtype; no document is longer than max_seqlen.
+        cu_seqlens: [N + 1] int32, where each of the N documents begins, then T, their rows.
+
+    Returns:
+        [H, T], contiguous, of lse's dtype.
+    """
+    rows = _within_documents(cu_seqlens, lse.shape[2])
+    return lse.transpose(1, 2)[rows].transpose(0, 1).contiguous()
+
+
+def unflatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Pad a packed lse document by document: `flatten_varlen_lse` of its result is lse transposed.
+
+    Reads cu_seqlens on the host.
+
+    Args:
+        lse: [T, H, 1] or [T, H], any dtype.
+        cu_seqlens: [N + 1] int32, where each of the N documents begins, then T, their rows.
+        max_seqlen: rows a document is padded to; at least the longest document's.
+
+    Returns:
+        [N, H, max_seqlen], contiguous, of lse's dtype; 0 past the end of a document.
+    """
+    lse = lse.squeeze(2) if lse.ndim == 3 else lse
+    rows = _within_documents(cu_seqlens, max_seqlen)
+    padded = lse.new_zeros(*rows.shape, lse.shape[1])
+    padded[rows] = lse
+    return padded.transpose(1, 2).contiguous()
+
+
+def _within_documents(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Return [N, max_seqlen] bool: True where a padded row belongs to its document."""
+    return torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff().unsqueeze(1)
+
+
 @cache
 def _default_args(func: Callable) -> dict:
     parameters = inspect.signature(func).parameters.values()
@@ -193,7 +260,12 @@ def _warn_staging() -> None:
     )
 
 
-# torch 2.13 renamed the collective and warns about the old name; 2.11 lacks the new one.
+# torch 2.13 renamed the collectives and warns about the old names; 2.11 lacks the new ones.
 _all_gather = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
+_reduce_scatter = (
+    dist.reduce_scatter_single
+    if hasattr(dist, "reduce_scatter_single")
+    else dist.reduce_scatter_tensor
 )

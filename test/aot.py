@@ -25,6 +25,9 @@ class Job:
 
     Attributes:
         adds: whether it reads and adds what is there (CARRY, ADD), or stores.
+        documents: whether it reads packed documents.
+        one_entry: of the Hopper forward, whether its tiles meet one entry each; None: a portable
+            kernel.
     """
 
     pass_: str
@@ -37,9 +40,13 @@ class Job:
     num_stages: int
     tma: bool
     adds: bool
+    documents: bool = False
+    one_entry: bool | None = None
 
     def __str__(self) -> str:
         how = "adds" if self.adds else "stores"
+        how += "-documents" if self.documents else ""
+        how += {None: "", True: "-hopper", False: "-hopper-list"}[self.one_entry]
         return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
 
 
@@ -87,7 +94,8 @@ def compile_all(jobs: list[Job]) -> list[Report]:
 def compile_job(job: Job) -> Report:
     """Compile one job here and now. TRITON_INTERPRET must be unset."""
     try:
-        return _report(_compile(job), job.arch)
+        compiled = _compile(job) if job.one_entry is None else _compile_hopper(job)
+        return _report(compiled, job.arch)
     except Exception as failure:  # Whatever the compiler raises is the result.
         return Report(error=f"{type(failure).__name__}: {failure}")
 
@@ -109,6 +117,7 @@ def _compile(job: Job):
         "BLOCK_N": job.block_n,
         "BLOCK_D": block_d(job.head_dim),
         "TMA": job.tma,
+        "DOCUMENTS": job.documents,
         "CARRY" if job.pass_ == "forward" else "ADD": job.adds,
     }
     if job.pass_ == "dkv":
@@ -117,6 +126,49 @@ def _compile(job: Job):
     signature = {name: _type(name, job, constants) for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, _multiples_of_16(signature))
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def _compile_hopper(job: Job):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from ring_flash_attn.kernels.hopper.configs import forward_config
+    from ring_flash_attn.kernels.hopper.forward import _hopper_fwd_kernel
+
+    config = forward_config(job.head_dim)
+    assert config is not None, job
+    block_d = max(64, 1 << (job.head_dim - 1).bit_length())
+    at_launch, consumer, producer = config.registers
+    constants = {
+        "HEAD_DIM": job.head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_N": config.block_n,
+        "CARRY": job.adds,
+        "DOCUMENTS": job.documents,
+        "ONE_ENTRY": job.one_entry,
+        "CONSUMERS": config.consumers,
+        "STAGES": config.stages,
+        "PING_PONG": config.ping_pong,
+        "RESCALE_LATE": config.rescale_late,
+        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": producer,
+    }
+    k_box = [1, 1, config.block_n, block_d]
+    v_box = [1, 1, config.block_n, 1, block_d] if job.documents else k_box
+    element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
+    signature = {}
+    for name in _hopper_fwd_kernel.arg_names:
+        box = {"q": [1, 1, 64, block_d], "k": k_box, "v": v_box}.get(name)
+        if box is None:
+            signature[name] = _type(name, job, constants)
+        else:
+            layout = gl.NVMMASharedLayout.get_default_for(box, element)
+            signature[name] = f"tensordesc<{TRITON_NAMES[job.dtype]}{box},{layout!r}>"
+    source = GluonASTSource(_hopper_fwd_kernel, signature, constants, _multiples_of_16(signature))
+    options = {"num_warps": job.num_warps, "maxnreg": at_launch}
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
 
 
@@ -130,8 +182,10 @@ def _type(name: str, job: Job, constants: dict) -> str | tuple[str, ...]:
         return (
             f"tensordesc<{dtype}[1, 1, {rows}, {constants['BLOCK_D']}]>" if job.tma else f"*{dtype}"
         )
-    if name in ("tiles_ptr", "entries_ptr"):
+    if name in ("tiles_ptr", "entries_ptr", "counter_ptr"):
         return "*i32"
+    if name == "result_ptr":
+        return f"*{dtype}"
     if name.endswith("_ptr"):
         return "*fp32"
     if name.endswith("_strides"):

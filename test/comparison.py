@@ -1,15 +1,13 @@
 """Measure native and Triton ring attention against the truth, on this rank's group.
 
 What `test_ring_flash_attn_comparison.py` and `quick_test_triton.py` run: errors of out, lse, dq,
-dk, dv over the whole sequence, throughput, latency and peak memory. Runs on any device.
+dk, dv over the whole sequence, of batches and of packed documents. Runs on any device.
 """
 
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import oracle
+from comparison_packed import each_document, packed_arguments, rows_of
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 IMPLEMENTATIONS = ("native", "triton")
@@ -34,6 +33,7 @@ class Settings:
     batch: int
     dtype: torch.dtype
     layouts: tuple[str, ...]
+    packed_layouts: tuple[str, ...]
     masks: tuple[str, ...]
     repeats: int
     truth: str
@@ -44,6 +44,16 @@ class Settings:
         """Return (causal, window_size); the window is a quarter of the sequence."""
         causal, window = MASKS[name]
         return causal, (self.global_len // 4, 0) if window is None else window
+
+    def packed(self, device: torch.device) -> "Settings":
+        """Return the settings of packed documents: no batch, and on a CPU half the heads.
+
+        Triton's interpreter needs twice as long for four documents as for one sequence.
+        """
+        heads, key_heads = self.heads, self.key_heads
+        if device.type == "cpu" and key_heads % 2 == 0:
+            heads, key_heads = heads // 2, key_heads // 2
+        return replace(self, batch=1, heads=heads, key_heads=key_heads, layouts=self.packed_layouts)
 
 
 class Place(NamedTuple):
@@ -77,18 +87,6 @@ class ErrorRow(NamedTuple):
         return self.relative <= self.bound
 
 
-class SpeedRow(NamedTuple):
-    """Median time of one pass, slowest rank; peak memory beyond the inputs, largest rank."""
-
-    implementation: str
-    layout: str
-    passes: str
-    ms: float
-    tokens_per_s: float
-    tflops_per_device: float
-    peak_mib: float
-
-
 def join() -> Place:
     """Join the group that torchrun describes (one rank without torchrun).
 
@@ -116,19 +114,23 @@ def join() -> Place:
     return Place(rank, size, device, "gloo through host memory")
 
 
-def refusals(settings: Settings, place: Place) -> dict[str, str]:
-    """Return which implementations do not run these settings here, and why."""
-    from ring_flash_attn.core.api import local_forward
+def backends(settings: Settings, place: Place) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the backend of each implementation that runs these settings, and why others do not."""
+    from ring_flash_attn.backends import select_backend
+    from ring_flash_attn.core.validate import check_attention, check_tensors
 
-    found = {}
+    q = torch.zeros(1, 2, settings.heads, settings.head_dim, device=place.device)
+    q = q.to(settings.dtype)
+    k = q[:, :, : settings.key_heads]
+    check_tensors(q, k, k)
+    attention = check_attention(settings.head_dim)
+    chosen, refused = {}, {}
     for name in IMPLEMENTATIONS:
-        q = torch.zeros(1, 2, settings.heads, settings.head_dim, device=place.device)
-        k = q[:, :, : settings.key_heads]
         try:
-            local_forward(*(x.to(settings.dtype) for x in (q, k, k)), name)
+            chosen[name] = select_backend(name, attention, q, k, k).name
         except NotImplementedError as error:
-            found[name] = str(error)
-    return found
+            refused[name] = str(error)
+    return chosen, refused
 
 
 class Compared(NamedTuple):
@@ -142,7 +144,9 @@ class Compared(NamedTuple):
     bounds: dict[str, float]
 
 
-def prepare(settings: Settings, mask: str, device: torch.device) -> Compared:
+def prepare(
+    settings: Settings, mask: str, device: torch.device, documents: tuple[int, ...]
+) -> Compared:
     """Draw the sequence, equal on every rank, and compute the truth and the bounds."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -151,79 +155,115 @@ def prepare(settings: Settings, mask: str, device: torch.device) -> Compared:
         return torch.randn(shape, generator=generator, device=device).to(settings.dtype)
 
     q, k, v = (normal(h) for h in (settings.heads, settings.key_heads, settings.key_heads))
-    dout = normal(settings.heads)
+    whole = q, k, v, normal(settings.heads)
     causal, window = settings.mask(mask)
     if settings.truth == "flash":
-        truth = one_device("native", q, k, v, dout, causal, window)
+        truth = one_device("native", documents, *whole, causal, window)
         # Two computations that each err by about 2.5e-3 (bfloat16) against the truth.
         bound = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(settings.dtype, 1e-4)
-        return Compared(q, k, v, dout, truth, dict.fromkeys(TENSORS, bound))
-    everyone = list(range(settings.global_len))
-    seen = oracle.visible(everyone, everyone, causal, window, device)
-    truth = oracle.chunked(*(x.double() for x in (q, k, v)), seen, dout.double())
-    dense = oracle.dense_in_dtype(q, k, v, seen, dout)
+        return Compared(*whole, truth, dict.fromkeys(TENSORS, bound))
+
+    def dense(compute: Callable) -> Callable:
+        def attend(q, k, v, dout) -> oracle.Result:
+            rows = list(range(q.shape[1]))
+            return compute(q, k, v, oracle.visible(rows, rows, causal, window, device), dout)
+
+        return attend
+
+    truth = each_document(dense(oracle.chunked), documents, *(x.double() for x in whole))
+    in_dtype = each_document(dense(oracle.dense_in_dtype), documents, *whole)
     bounds = {
         name: 2 * oracle.errors(x, y).relative + 1e-5
-        for name, x, y in zip(TENSORS, dense, truth, strict=True)
+        for name, x, y in zip(TENSORS, in_dtype, truth, strict=True)
     }
-    return Compared(q, k, v, dout, truth, bounds)
+    return Compared(*whole, truth, bounds)
 
 
-def one_device(name: str, q, k, v, dout, causal: bool, window: tuple[int, int]) -> oracle.Result:
-    """Return what an implementation's kernels give for the whole sequence on one device."""
+def one_device(
+    name: str, documents: tuple[int, ...], q, k, v, dout, causal: bool, window: tuple[int, int]
+) -> oracle.Result:
+    """Return what an implementation's kernels give on one device, document by document."""
     from ring_flash_attn.core.api import local_backward, local_forward
 
     masked = {"causal": causal, "window_size": window}
-    out, lse = local_forward(q, k, v, name, **masked)
-    return oracle.Result(out, lse, *local_backward(dout, q, k, v, out, lse, name, **masked))
+
+    def attend(q, k, v, dout) -> oracle.Result:
+        out, lse = local_forward(q, k, v, name, **masked)
+        return oracle.Result(out, lse, *local_backward(dout, q, k, v, out, lse, name, **masked))
+
+    return each_document(attend, documents, q, k, v, dout)
 
 
-def ring_func(implementation: str, layout: str) -> Callable:
-    """Return the public function that a user would call."""
+def ring_func(implementation: str, layout: str, ending: str = "func") -> Callable:
+    """Return the public function that a user would call; ending `varlen_func` for documents."""
     import ring_flash_attn
 
-    stem = {"contiguous": "ring", "zigzag": "zigzag_ring", "stripe": "stripe"}[layout]
+    stem = {"contiguous": "ring", "zigzag": "zigzag_ring"}.get(layout, layout)
     prefix = "triton_" if implementation == "triton" else ""
-    return getattr(ring_flash_attn, f"{prefix}{stem}_flash_attn_func")
+    return getattr(ring_flash_attn, f"{prefix}{stem}_flash_attn_{ending}")
 
 
-def compare(settings: Settings, place: Place, mask: str) -> list[ErrorRow]:
-    """Return the errors of every implementation and layout under one mask."""
-    compared = prepare(settings, mask, place.device)
-    causal, window = settings.mask(mask)
+def compare(
+    settings: Settings, place: Place, mask: str, documents: tuple[int, ...] = ()
+) -> list[ErrorRow]:
+    """Return the errors of every implementation and layout under one mask.
+
+    Args:
+        settings: for packed documents what `Settings.packed` returns.
+        documents: lengths of packed documents that fill the global length; empty for a batch.
+    """
+    packed = bool(documents)
+    label = f"packed {mask}" if packed else mask
+    documents = documents or (settings.global_len,)
+    compared = prepare(settings, mask, place.device, documents)
     whole = (compared.q, compared.k, compared.v, compared.dout)
     rows = []
     for name in settings.implementations:
-        alone = one_device(name, *whole, causal, window)
+        alone = one_device(name, documents, *whole, *settings.mask(mask))
         single = {
             tensor: _errors(x, y, place)
             for tensor, x, y in zip(TENSORS, alone, compared.truth, strict=True)
         }
         rows += [
-            ErrorRow(mask, name, "one device", t, *single[t], compared.bounds[t], 1.0)
+            ErrorRow(label, name, "one device", t, *single[t], compared.bounds[t], 1.0)
             for t in TENSORS
         ]
         del alone
         for layout in settings.layouts:
-            got = _sharded(settings, place, name, layout, whole, causal, window)
+            local = rows_of(layout, documents, place.world_size, place.rank, place.device)
+            shards = [x.index_select(1, local) for x in whole]
+            run = _packed_ring(place, name, layout, documents) if packed else None
+            got = _run_ring(settings, name, run or ring_func(name, layout), shards, mask)
             for tensor, x, y in zip(TENSORS, got, compared.truth, strict=True):
-                dim = 2 if tensor == "lse" else 1
-                want = oracle.shard(y, layout, place.world_size, place.rank, dim)
+                want = y.index_select(2 if tensor == "lse" else 1, local)
                 errors = _over_ranks(x, want, place)
                 ratio = errors.relative / max(single[tensor].relative, 1e-30)
                 rows.append(
-                    ErrorRow(mask, name, layout, tensor, *errors, compared.bounds[tensor], ratio)
+                    ErrorRow(label, name, layout, tensor, *errors, compared.bounds[tensor], ratio)
                 )
     return rows
 
 
-def _sharded(settings, place, name, layout, whole, causal, window) -> oracle.Result:
-    """Run the ring on this rank's shard; `inject` spoils one gradient of the Triton ring."""
-    q, k, v, dout = (oracle.shard(x, layout, place.world_size, place.rank) for x in whole)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse, _ = ring_func(name, layout)(
-        *leaves, causal=causal, window_size=window, return_attn_probs=True
-    )
+def _packed_ring(place: Place, name: str, layout: str, documents: tuple[int, ...]) -> Callable:
+    """Return a public packed function as one of q, k, v [1, T, heads, D], as `ring_func`'s."""
+    func = ring_func(name, layout, "varlen_func")
+
+    def run(q, k, v, **options):
+        arguments = packed_arguments(
+            layout, documents, k.shape[2], place.world_size, place.rank, place.device
+        )
+        out, lse, nothing = func(q[0], k[0], v[0], *arguments, **options)
+        return out[None], lse[None], nothing
+
+    return run
+
+
+def _run_ring(settings, name, run, shards, mask) -> oracle.Result:
+    """Run the ring on this rank's shards; `inject` spoils one tensor of the Triton ring."""
+    *leaves, dout = shards
+    leaves = [x.requires_grad_() for x in leaves]
+    causal, window = settings.mask(mask)
+    out, lse, _ = run(*leaves, causal=causal, window_size=window, return_attn_probs=True)
     grads = torch.autograd.grad(out, leaves, dout)
     got = oracle.Result(out.detach(), lse.detach(), *grads)
     if settings.inject and name == "triton":
@@ -258,51 +298,6 @@ def _over_ranks(got: torch.Tensor, want: torch.Tensor, place: Place) -> oracle.E
     return oracle.Errors(largest.item(), rmse, math.sqrt(wrong / size) if size else math.inf)
 
 
-def time_rings(settings: Settings, place: Place, mask: str) -> list[SpeedRow]:
-    """Time every ring, and the same kernels on one device with the whole sequence to itself."""
-    rows = []
-    for name in settings.implementations:
-        for layout in ("one device", *settings.layouts):
-            sharers = 1 if layout == "one device" else place.world_size
-            forward, both = _passes(settings, place, mask, name, layout)
-            causal, window = settings.mask(mask)
-            area = seen_area(settings.global_len, causal, window) / sharers
-            flops = 4 * settings.batch * settings.heads * area * settings.head_dim
-            for passes, run, factor in (("fwd", forward, 1), ("fwd+bwd", both, 3.5)):
-                ms, peak = _measure(run, settings.repeats, place)
-                tokens = settings.batch * settings.global_len / ms * 1e3
-                rows.append(
-                    SpeedRow(name, layout, passes, ms, tokens, factor * flops / ms / 1e9, peak)
-                )
-    return rows
-
-
-def _passes(settings: Settings, place: Place, mask: str, name: str, layout: str):
-    """Return the forward and the forward + backward of one row of the table, as calls."""
-    from ring_flash_attn.core.api import local_forward
-
-    causal, window = settings.mask(mask)
-    sharers = 1 if layout == "one device" else place.world_size
-
-    def normal(heads: int) -> torch.Tensor:
-        shape = settings.batch, settings.global_len // sharers, heads, settings.head_dim
-        return torch.randn(shape, device=place.device).to(settings.dtype).requires_grad_()
-
-    q, k, v = (normal(h) for h in (settings.heads, settings.key_heads, settings.key_heads))
-    dout = normal(settings.heads).detach()
-    if layout == "one device":
-        return (
-            lambda: local_forward(q, k, v, name, causal=causal, window_size=window),
-            lambda: one_device(name, q, k, v, dout, causal, window),
-        )
-    func = ring_func(name, layout)
-
-    def forward() -> torch.Tensor:
-        return func(q, k, v, causal=causal, window_size=window)
-
-    return forward, lambda: torch.autograd.grad(forward(), (q, k, v), dout)
-
-
 def seen_area(length: int, causal: bool, window: tuple[int, int]) -> float:
     """Return how many (query, key) pairs a mask keeps; half of all if plain causal."""
     left, right = window
@@ -311,28 +306,3 @@ def seen_area(length: int, causal: bool, window: tuple[int, int]) -> float:
     ahead = 0 if causal else (length if right < 0 else right)
     back = length if left < 0 else left
     return float(sum(min(i, back) + 1 + min(length - 1 - i, ahead) for i in range(length)))
-
-
-def _measure(run: Callable, repeats: int, place: Place) -> tuple[float, float]:
-    """Return (median ms of the slowest rank, largest peak MiB), the host waiting for each run."""
-    cuda = place.device.type == "cuda"
-    for _ in range(3 if cuda else 1):
-        run()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    dist.barrier()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else math.nan
-    result = torch.tensor([statistics.median(times), peak]).double()
-    result = result.to(place.device if place.transport == "nccl" else "cpu")
-    dist.all_reduce(result, op=dist.ReduceOp.MAX)
-    ms, peak = result.tolist()
-    return ms, peak

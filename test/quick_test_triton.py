@@ -1,7 +1,7 @@
 """Check the Triton kernels in under a minute: `python test/quick_test_triton.py`.
 
-First on one device, then a ring of two ranks. Uses a GPU if there is one; else the CPU, in Triton's
-interpreter. Exit code 1 if anything is off.
+First on one device, then a ring of two ranks: a batch, and packed documents. Uses a GPU if there
+is one; else the CPU, in Triton's interpreter. Exit code 1 if anything is off.
 """
 
 import os
@@ -64,6 +64,7 @@ def check_two_ranks() -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(COMPARISON), "--global-length", length, "--heads", "4", "--kv-heads", "2"]
     command += ["--head-dim", "64" if ON_GPU else "16", "--masks", "causal", "--no-speed"]
+    command += ["--packed-layouts", "zigzag"]
     return subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     ).returncode

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -28,20 +29,23 @@ def run_ranks(world_size: int, work: Callable, *args, timeout_s: float = 300.0) 
         ]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + timeout_s
-        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        begin = time.monotonic()
+        while any(process.is_alive() for process in ranks):
+            if time.monotonic() - begin > timeout_s:
+                break
             if any(process.exitcode not in (None, 0) for process in ranks):
                 # The others would wait for this rank until the group's timeout.
                 break
             time.sleep(0.02)
         codes = [process.exitcode for process in ranks]
+        seconds = time.monotonic() - begin
         for process in ranks:
             process.kill()
             process.join()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
         if errors or any(code != 0 for code in codes):
             raise AssertionError(
-                f"exit codes {codes} (None: ended after {timeout_s} s)\n" + "\n".join(errors)
+                f"exit codes {codes} (None: ended after {seconds:.0f} s)\n" + "\n".join(errors)
             )
         return [
             torch.load(Path(folder, f"result{rank}"), weights_only=False)
@@ -62,6 +66,12 @@ def _enter(folder: str, rank: int, world_size: int, work: Callable, args: tuple)
         )
         torch.save(work(rank, *args), Path(folder, f"result{rank}"))
         dist.destroy_process_group()
+        code = 0
     except BaseException:
         Path(folder, f"error{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
-        raise SystemExit(1) from None
+        code = 1
+    # gloo's threads may outlive the group (what `poison_empty` imports keeps it) and abort a
+    # process whose interpreter is being torn down (PyTorch issue 190489): leave without that.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -79,13 +79,14 @@ def zero(x, intervals, dim=1, value=0.0):
         x.narrow(dim, begin, end - begin).fill_(value)
 
 
-def ring(backend, attention, layout, size, given, landing=False):
-    """Run every step of every rank and return the global result, in the state's dtype.
+def ring(backend, attention, layout, size, given, landing=False, result_dtype=None):
+    """Run every step of every rank and return the global result: dk and dv in the state's dtype.
 
+    The results are never the state, so that a row finished in the wrong step, or twice, shows.
     landing: each step's dk, dv go to a fresh target that their owner sums; otherwise they travel
     as one accumulator a source, stored at step 0 and added to later.
+    result_dtype: of out and dq; q's if None.
     """
-    state = state_dtype(given.q.dtype)
     q, k, v, dout = (
         [oracle.shard(x, layout, size, rank) for rank in range(size)] for x in given[:4]
     )
@@ -96,18 +97,33 @@ def ring(backend, attention, layout, size, given, landing=False):
     q_layout = Layout(layout, q[0].shape[1], size)
     k_layout = Layout(layout, k[0].shape[1], size)
     plans = [plan_ring(attention, q_layout, k_layout, rank) for rank in range(size)]
+    ranks = walk(backend, attention, plans, (q, k, v, dout, dlse), landing, result_dtype)
+    return oracle.Result(
+        *(
+            oracle.unshard(shards, layout, 2 if name == "lse" else 1)
+            for name, shards in zip(oracle.Result._fields, ranks, strict=True)
+        )
+    )
+
+
+def walk(backend, attention, plans, shards, landing=False, result_dtype=None):
+    """Run the plans of all ranks; return out, lse, dq, dk, dv, each a list by rank.
+
+    shards: q, k, v, dout, dlse, each a list by rank. landing, result_dtype: as in `ring`.
+    """
+    q, k, v, dout, dlse = shards
+    size, state = len(plans), state_dtype(q[0].dtype)
     outs, lses, dqs = [], [], []
     for rank, plan in enumerate(plans):
-        out = poisoned(q[rank], state)
-        lse = poisoned(out[..., 0].transpose(1, 2), state)
+        out, result = state_and_result(plan, q[rank], result_dtype)
+        lse = poisoned(q[rank][..., 0].transpose(1, 2), state)
+        zero(lse, plan.steps[0].unseen_q(), 2, -torch.inf)
         for step in plan.steps:
-            if step.first:
-                zero(out, step.unseen_q())
-                zero(lse, step.unseen_q(), 2, -torch.inf)
-            backend.forward(attention, step, q[rank], k[step.source], v[step.source], out, lse)
-        outs.append(out)
+            source = k[step.source], v[step.source]
+            backend.forward(attention, step, q[rank], *source, out, lse, result)
+        outs.append(result)
         lses.append(lse)
-        dqs.append(poisoned(out, state))
+        dqs.append(state_and_result(plan, q[rank], result_dtype))
     dks, dvs = ([poisoned(x, state) for x in xs] for xs in (k, v))
     saved = [
         backend.prepare_backward(dout[rank], outs[rank].to(q[rank].dtype), lses[rank], dlse[rank])
@@ -124,25 +140,31 @@ def ring(backend, attention, layout, size, given, landing=False):
             if not add:
                 zero(dk, step.unseen_k())
                 zero(dv, step.unseen_k())
-            if step.first:
-                zero(dqs[rank], step.unseen_q())
+            dq, result = dqs[rank]
 
             def target(dk=dk, dv=dv, add=add, asked=asked):
                 asked.append(True)
                 return GradTarget(dk, dv, add)
 
             backend.backward(
-                attention, step, saved[rank], q[rank], k[source], v[source], dqs[rank], target
+                attention, step, saved[rank], q[rank], k[source], v[source], dq, target, result
             )
-            assert len(asked) == bool(step.blocks), "the target is asked for once"
+            assert len(asked) == step.sees, "the target is asked for once"
             if landing:
                 dks[source] = dk if step.first else dks[source] + dk
                 dvs[source] = dv if step.first else dvs[source] + dv
-    return oracle.Result(
-        oracle.unshard(outs, layout),
-        oracle.unshard(lses, layout, 2),
-        *(oracle.unshard(grads, layout) for grads in (dqs, dks, dvs)),
-    )
+    return outs, lses, [dq for _, dq in dqs], dks, dvs
+
+
+def state_and_result(plan, like, result_dtype=None):
+    """Return what a ring passes as state and result, NaN but for what it zeroes."""
+    result = poisoned(like, result_dtype or like.dtype)
+    zero(result, plan.unseen_q())
+    if len(plan.steps) == 1:
+        return None, result
+    kept = poisoned(like, state_dtype(like.dtype))
+    zero(kept, plan.steps[0].unseen_q())
+    return kept, result
 
 
 def truth(mask, given, path=oracle.dense, device="cpu"):

@@ -20,6 +20,7 @@ from ring_flash_attn.kernels.configs import (
     LaunchConfig,
     launch_config,
 )
+from ring_flash_attn.kernels.hopper.configs import FORWARD, forward_config
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -28,7 +29,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def job(arch: int, head_dim: int, dtype: str, pass_: str, adds: bool, config: LaunchConfig) -> Job:
+def job(
+    arch: int,
+    head_dim: int,
+    dtype: str,
+    pass_: str,
+    adds: bool,
+    config: LaunchConfig,
+    documents: bool = False,
+) -> Job:
     return Job(
         pass_,
         arch,
@@ -40,6 +49,7 @@ def job(arch: int, head_dim: int, dtype: str, pass_: str, adds: bool, config: La
         config.num_stages,
         config.tma,
         adds,
+        documents,
     )
 
 
@@ -71,12 +81,45 @@ def borrowed() -> list[Job]:
     ]
 
 
+def packed() -> list[Job]:
+    """What packed documents run where the part has rows of its own, and in 80 and 96 wide heads."""
+    return [
+        job(arch, head_dim, "bfloat16", pass_, adds, config, documents=True)
+        for arch in (80, 90)
+        for head_dim in (16, 64, 96, 128, 256)
+        for pass_ in PASSES
+        for adds in ((True, False) if head_dim == 128 else (True,))
+        for config in (launch_config(arch, head_dim, "bfloat16", pass_, documents=True).config,)
+    ]
+
+
+def hopper() -> list[Job]:
+    """Every row of the Hopper forward in three of its forms, and what borrows the row of D 128."""
+    forms = [
+        # head_dim, dtype, adds, documents, one_entry
+        *((head_dim, "bfloat16", True, False, True) for head_dim in FORWARD),
+        *((head_dim, "bfloat16", False, False, True) for head_dim in FORWARD),
+        *((head_dim, "bfloat16", True, True, False) for head_dim in FORWARD),
+        (128, "float16", False, True, True),
+        (80, "bfloat16", True, False, False),
+    ]
+    jobs = []
+    for head_dim, dtype, adds, documents, one_entry in forms:
+        config = forward_config(head_dim)
+        assert config is not None
+        tile = config.block_m, config.block_n, 4, config.stages
+        jobs.append(
+            Job("forward", 90, head_dim, dtype, *tile, True, adds, documents, one_entry=one_entry)
+        )
+    return jobs
+
+
 TENSOR_CORES = {80: "mma_sync", 86: "mma_sync", 90: "wgmma", 100: "tcgen05"}
 
 
 @cache
 def reports() -> dict[Job, Report]:
-    jobs = rows() + borrowed()
+    jobs = rows() + borrowed() + packed() + hopper()
     return dict(zip(jobs, compile_all(jobs), strict=True))
 
 
@@ -97,7 +140,7 @@ def budget() -> dict[str, dict[str, int]]:
         }
 
 
-@pytest.mark.parametrize("job", rows() + borrowed(), ids=str)
+@pytest.mark.parametrize("job", rows() + borrowed() + packed() + hopper(), ids=str)
 def test_uses_no_more_than_its_budget(job: Job):
     report, allowed = reports()[job], budget()[str(job)]
     for name in BUDGETED:
@@ -105,7 +148,7 @@ def test_uses_no_more_than_its_budget(job: Job):
 
 
 def test_every_budget_is_of_a_kernel_that_is_compiled():
-    assert set(budget()) == {str(job) for job in rows() + borrowed()}
+    assert set(budget()) == {str(job) for job in rows() + borrowed() + packed() + hopper()}
 
 
 @pytest.mark.parametrize("job", rows(), ids=str)
@@ -120,12 +163,33 @@ def test_rows(job: Job):
     assert bool(report.tma_loads) == job.tma == (job.arch >= 90 and job.dtype != "float32")
 
 
-@pytest.mark.parametrize("job", borrowed(), ids=str)
+@pytest.mark.parametrize("job", borrowed() + packed(), ids=str)
 def test_borrowed_rows(job: Job):
     report = reports()[job]
     assert not report.error
+    assert not (job.documents and report.spills)
     assert not report.serialized
     assert report.shared <= shared_memory(job.arch)
+
+
+@pytest.mark.parametrize("job", hopper(), ids=str)
+def test_hopper_rows(job: Job):
+    report, config = reports()[job], forward_config(job.head_dim)
+    assert not report.error
+    assert config is not None and report.spills <= config.spills
+    assert not report.serialized
+    assert report.shared <= shared_memory(job.arch)
+    assert report.registers == config.registers[0]
+    assert report.wgmma and report.tma_loads and not report.mma_sync
+
+
+def test_registers_of_the_hopper_forward_are_what_a_multiprocessor_has():
+    for config in FORWARD.values():
+        at_launch, consumer, producer = config.registers
+        warpgroups = config.consumers + 1
+        assert at_launch * warpgroups * 128 <= 65536
+        # More than was launched with would wait for registers that nobody gives back.
+        assert config.consumers * consumer + producer <= at_launch * warpgroups
 
 
 def test_every_pass_head_dim_and_dtype_has_a_row():

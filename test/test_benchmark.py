@@ -14,10 +14,12 @@ import oracle
 FOLDER = Path(__file__).resolve().parent.parent / "benchmark"
 sys.path.append(str(FOLDER))
 
+import benchmark_comparison  # noqa: E402
 import benchmark_kernels  # noqa: E402
 import guide  # noqa: E402
 import kernels  # noqa: E402
 import launch_search  # noqa: E402
+import packing  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
@@ -51,19 +53,30 @@ def ring_row(**changes) -> dict:
     return row | {"tflops_per_gpu": 4.0, "share_of_kernel": 0.5} | changes
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
+def compare(path: Path, *given: str) -> tuple[str, list[dict[str, str]]]:
     """Run the comparison on two ranks, small; return what it printed and the rows it wrote."""
-    path = tmp_path_factory.mktemp("comparison") / "ring.csv"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(FOLDER / "benchmark_comparison.py"), "--csv", str(path), "--run-id", "r1"]
-    command += ["--tree", "t1", "--commit", "c1", "--layouts", "zigzag", "--local-lengths", "16"]
-    command += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--repeats", "2"]
-    command += ["--implementations", "triton", "native-aten", "upstream-fa2"]
-    command += ["--allow-shared-gpus"]
+    command += ["--tree", "t1", "--commit", "c1", "--local-lengths", "16", "--repeats", "2"]
+    command += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--allow-shared-gpus"]
+    command += given
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, rows.read(path, rows.RING)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
+    path = tmp_path_factory.mktemp("comparison") / "ring.csv"
+    implementations = "triton", "native-aten", "upstream-fa2"
+    return compare(path, "--layouts", "zigzag", "--implementations", *implementations)
+
+
+@pytest.fixture(scope="module")
+def compared_packed(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
+    path = tmp_path_factory.mktemp("packed") / "ring.csv"
+    packings = "batch", "one", "stated"
+    return compare(path, "--packed", *packings, "--implementations", "native-aten", "upstream-fa2")
 
 
 def test_comparison_writes_a_row_for_each_implementation_and_pass(compared):
@@ -101,6 +114,58 @@ def test_comparison_says_what_it_skips_and_where_it_runs(compared):
     if not ON_GPU:
         assert "no GPU" in printed
         assert "skipped upstream-fa2: runs on cuda, got cpu" in printed
+
+
+def test_packed_comparison_writes_every_layout_and_packing(compared_packed):
+    found = [row for row in compared_packed[1] if row["impl"] == "native-aten"]
+    layouts = ("contiguous", "zigzag", "stripe", "llama3")
+    cases = {("zigzag", "batch"), *((x, y) for x in layouts for y in ("one", "stated"))}
+    wanted = {(*case, pass_) for case in cases for pass_ in ("fwd", "fwd_bwd")}
+    got = [(row["layout"], row["packing"], row["pass"]) for row in found]
+    assert len(got) == len(wanted) and set(got) == wanted
+    for row in found:
+        assert row["exchange"] == ("gather" if row["layout"] == "llama3" else "ring")
+        assert [row[x] for x in ("batch", "local_len", "world_size")] == ["1", "16", "2"]
+        assert (row["share_of_kernel"] == "") == (row["packing"] == "stated")
+
+
+def test_packed_comparison_writes_sane_values(compared_packed):
+    lengths = packing.stated(16, 2)
+    assert len(lengths) > 1 and sum(lengths) == 32
+    for row in compared_packed[1]:
+        squares = sum(n * n for n in lengths) if row["packing"] == "stated" else 32 * 32
+        work = 4 * 4 * 16 * squares / 2 / 2 * (1.0 if row["pass"] == "fwd" else 3.5)
+        speed = work / float(row["ms_p50"]) / 1e9
+        assert float(row["tflops_per_gpu"]) == pytest.approx(speed, rel=1e-4)
+        errors = [row[x] for x in ("err_out", "err_dq", "err_dk", "err_dv")]
+        assert (errors[1:] == [""] * 3) == (row["pass"] == "fwd")
+        # A row that saw another document would be wrong by far more than bfloat16 rounds.
+        assert all(1e-4 < float(x) < 6e-3 for x in errors if x)
+
+
+def test_packed_comparison_says_what_upstream_lacks(compared_packed):
+    printed = compared_packed[0]
+    assert "local length 16 causal zigzag batch one stated" in printed
+    assert "skipped upstream-fa2 one stripe: ring-flash-attn 0.1.8 has no packed" in printed
+    if not ON_GPU:
+        assert "skipped upstream-fa2 stated llama3: runs on cuda, got cpu" in printed
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--layouts", "llama3"], "llama3 needs --packed"),
+        (["--packed", "one", "--batch", "2"], "--batch must be 1"),
+        (["--packed", "stated", "--layouts", "stripe", "--local-lengths", "3"], "even ones"),
+        (["--packed", "batch", "one", "--layouts", "llama3"], "--layouts needs zigzag"),
+        (["--packed", "one", "--kv-heads", "2", "--heads-k-stride", "3"], "2 key heads, got 3"),
+        (["--heads-k-stride", "2"], "--heads-k-stride needs --packed"),
+    ],
+)
+def test_options_that_do_not_go_together_are_errors(given: list[str], said: str, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_comparison.parse(given)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
@@ -162,6 +227,48 @@ def test_flops_count_the_pairs_that_the_mask_shows(length, causal, window):
     forward = 4 * 2 * 3 * 8 * pairs
     for pass_, factor in (("fwd", 1), ("bwd", 2.5), ("fwd_bwd", 3.5)):
         assert timing.flops(2, length, 3, 8, causal, window, pass_) == forward * factor
+
+
+LONG = (6624, 10736, 2432, 4416, 1792, 11952, 6704, 128, 8208, 144, 4416, 304, 4080)
+STATED = {
+    1: (2814, 474, 156, 138, 4610),
+    2: (2816, 472, 156, 140, 6620, 6180),
+    4: (2816, 472, 160, 136, 6624, 10728, 2432, 4408, 1792, 3200),
+    8: (2816, 480, 160, 144, *LONG),
+}
+
+
+@pytest.mark.parametrize("world_size", STATED)
+def test_the_stated_packing_is_what_is_stated(world_size: int):
+    assert packing.stated(8192, world_size) == STATED[world_size]
+    found = packing.pack("stated", 8192, world_size)
+    assert found.cu_seqlens[:2] == (0, STATED[world_size][0])
+    assert found.cu_seqlens[-1] == 8192 * world_size
+    assert packing.pack("one", 8192, world_size).lengths == (8192 * world_size,)
+
+
+@pytest.mark.parametrize("local_len", [2, 16, 250, 2048, 40000])
+def test_the_stated_packing_fills_any_even_length(local_len: int):
+    lengths = packing.stated(local_len, 4)
+    assert sum(lengths) == 4 * local_len
+    assert all(n > 0 and n % 8 == 0 for n in lengths)
+    assert len(lengths) > 1 or local_len == 2
+    with pytest.raises(ValueError, match="even"):
+        packing.stated(local_len + 1, 4)
+
+
+def test_flops_of_documents_count_their_own_pairs():
+    documents = packing.Packing("stated", (4, 8))
+    area = {
+        (True, (-1, -1)): 4 * 4 / 2 + 8 * 8 / 2,
+        (False, (-1, -1)): 16 + 64,
+        (True, (1, 0)): (1 + 2 + 2 + 2) + (1 + 2 * 7),
+    }
+    for mask, pairs in area.items():
+        for pass_, factor in (("fwd", 1), ("bwd", 2.5), ("fwd_bwd", 3.5)):
+            assert documents.flops(1, 3, 16, *mask, pass_) == 4 * 3 * 16 * pairs * factor
+    one = packing.pack("one", 8, 2).flops(1, 3, 16, True, (-1, -1), "fwd")
+    assert one == timing.flops(1, 16, 3, 16, True, (-1, -1), "fwd")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 15])
@@ -244,7 +351,7 @@ def test_guide_is_current_until_a_row_is_added(tmp_path: Path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n")
     assert text.count(guide.BEGIN) == text.count(guide.END) == 1
     assert "2.00 (1.00-3.00) | 4 | 1.0e-03" in text and "77" not in text
-    assert "triton to be this many times as fast as fa2: fwd 1.50 to 1.50" in text
+    assert "triton to be this many times as fast as fa2: fwd 1.50." in text
     assert "not current" in capsys.readouterr().out
 
 
@@ -260,6 +367,26 @@ def test_guide_shows_rings():
     assert "| 2 | 1,64,4/2,16 | bf16 | causal | zigzag | triton |" in text
     assert "2.00 (1.00-3.00) | 4 | 50%" in text and "pictures/ring.svg" in text
     assert "triton to be this many times as fast as upstream-fa3: zigzag fwd_bwd 2.00" in text
+
+
+def test_guide_shows_packed_rows_apart():
+    found = [ring_row(), ring_row(impl="upstream-fa3", ms_p50=4.0)]
+    packed_run = {"run": "r2", "share_of_kernel": None}
+    found += [ring_row(packing=packing, **packed_run) for packing in ("batch", "one", "stated")]
+    found.append(ring_row(packing="stated", impl="upstream-fa3", ms_p50=6.0, run="r2"))
+    as_read = [{x: rows.text(y) for x, y in row.items()} for row in found]
+    assert "Packed" not in guide.render([], as_read[:2], "pictures")
+    batches, _, packed = guide.render([], as_read, "pictures").partition("### Packed")
+    assert batches == guide.render([], as_read[:2], "pictures").partition("### How")[0]
+    assert "| zigzag one | triton |" in packed and "| zigzag stated | upstream-fa3 |" in packed
+    assert "as fast as upstream-fa3: zigzag stated fwd_bwd 3.00." in packed
+    # A run with packed rows shows the batch that was timed in turn with them.
+    assert "Run r2" in packed and "| zigzag | triton |" in packed and "Run r2" not in batches
+    assert "### Rings" not in guide.render([], as_read[2:], "pictures")
+    cases = plot.bars(as_read[2:], rows.RING, "fwd_bwd")
+    assert [case.split("\n")[1] for case in cases] == [
+        *("causal, zigzag, P 2", "causal, zigzag one, P 2", "causal, zigzag stated, P 2")
+    ]
 
 
 def test_the_committed_guide_is_current():
@@ -295,6 +422,7 @@ def test_tables_compare_with_the_rivals():
     assert table.splitlines()[2].split()[-2:] == ["1.50", "1.00e-03"]
     assert "triton + state" in table.splitlines()[4]
     rings = [ring_row(window="8:0"), ring_row(window="8:0", impl="upstream-fa2", ms_p50=5.0)]
+    rings.append(ring_row(window="8:0", impl="upstream-fa2", ms_p50=9.0, packing="one"))
     line = report.rings_table(rings).splitlines()[2].split()
     assert line[:5] == ["64", "window", "8:0", "zigzag", "triton"]
     assert line[-2:] == ["50.0%", "2.50"]

@@ -23,24 +23,44 @@ PUBLIC = (
     "utils",
 )
 
+# What public modules bind their names to.
+ENTRIES = (
+    "core.api",
+    "core.forms",
+    "core.packed_api",
+    "core.packed_forms",
+    "core.gather_forms",
+)
+
 # Module (below ring_flash_attn, "" is its __init__) -> the modules of ours that it may import.
 # "x.*" speaks for package x and for all in it that has no line of its own.
 MAY_IMPORT = {
     "kernels.*": ("kernels",),
     "core": (),
     "core.layout": (),
+    "core.packed_layout": ("core.layout",),
+    "core.gather_layout": (),
     "core.attention": (),
     "core.plan": ("core.layout", "core.attention"),
     "core.tables": ("core.plan",),
-    "backends.*": ("core.plan", "core.tables", "core.attention", "kernels", "backends"),
-    "core.exchange": ("utils", "core.plan", "backends.base"),
-    "core.ring": ("backends.base", "core.exchange", "core.plan", "core.attention"),
-    "core.gather": ("backends.base", "core.exchange", "core.plan", "core.attention"),
+    "core.packed": ("core.plan", "core.attention", "core.layout"),
+    "backends.*": (
+        "core.plan",
+        "core.packed",
+        "core.tables",
+        "core.attention",
+        "kernels",
+        "backends",
+    ),
+    "core.exchange": ("utils", "core.plan", "core.packed", "backends.base"),
+    "core.ring": ("backends.base", "core.exchange", "core.plan", "core.packed", "core.attention"),
+    "core.gather": ("backends.base", "utils", "core.plan", "core.packed", "core.attention"),
     "core.function": (
         "core.ring",
         "core.gather",
         "core.exchange",
         "core.plan",
+        "core.packed",
         "core.attention",
         "core.layout",
         "backends.base",
@@ -58,10 +78,35 @@ MAY_IMPORT = {
     ),
     # The templates of the public functions, which the public modules bind.
     "core.forms": ("core.agree", "core.api", "core.function", "core.validate"),
+    "core.packed_api": (
+        "core.agree",
+        "core.api",
+        "core.function",
+        "core.gather",
+        "core.packed",
+        "core.validate",
+        "backends",
+    ),
+    "core.packed_forms": (
+        "core.agree",
+        "core.forms",
+        "core.function",
+        "core.packed_api",
+        "core.validate",
+    ),
+    "core.gather_forms": (
+        "core.agree",
+        "core.forms",
+        "core.gather",
+        "core.packed_api",
+        "core.packed_forms",
+        "core.validate",
+    ),
     "utils": (),
-    "": ("core.api", "core.forms", *PUBLIC),
-    **{name: ("core.api", "core.forms", *PUBLIC) for name in PUBLIC if name != "utils"},
-    "triton_ring_flash_attn": ("core.api", "core.forms", "kernels", *PUBLIC),
+    "": (*ENTRIES, "core.layout", "core.packed_layout", *PUBLIC),
+    **{name: (*ENTRIES, *PUBLIC) for name in PUBLIC if name != "utils"},
+    "llama3_flash_attn_varlen": (*ENTRIES, "core.gather_layout", *PUBLIC),
+    "triton_ring_flash_attn": (*ENTRIES, "kernels", *PUBLIC),
 }
 
 # Optional packages: imported inside the function that needs them, or the import of ours breaks.

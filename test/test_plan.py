@@ -159,10 +159,15 @@ def test_a_ring_ends_after_the_last_step_that_any_rank_needs(layout, mask):
             plan = plan_ring(attention_of(mask), placed, placed, rank)
             assert (plan.rank, plan.world_size) == (rank, size)
             assert len(plan.steps) == max(needed, default=0) + 1
-            assert plan.steps == tuple(
+            assert [step._replace(finished=()) for step in plan.steps] == [
                 plan_step(attention_of(mask), placed, placed, rank, hop)
                 for hop in range(len(plan.steps))
-            )
+            ]
+            seen = [want[rank, step.source].any(1) for step in plan.steps]
+            for hop, step in enumerate(plan.steps):
+                later = np.any(seen[hop + 1 :], axis=0)
+                assert step.finished == gaps(~(seen[hop] & ~later)), step
+            assert plan.unseen_q() == gaps(np.any(seen, axis=0)), plan
 
 
 @pytest.mark.parametrize("layout", KINDS)

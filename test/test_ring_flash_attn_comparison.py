@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 4 test/test_ring_flash_attn_comparison.py
     torchrun --nproc_per_node 2 test/test_ring_flash_attn_comparison.py --global-length 4096
 
-Prints max error, RMSE and relative error of out, lse, dq, dk, dv for every layout and mask, then
-latency, throughput and peak memory. Exit code 1 if a bound is missed. Uses the GPUs there are;
-without one it runs on the CPU: gloo, Triton's interpreter, small sizes.
+Prints max error, RMSE and relative error of out, lse, dq, dk, dv for every layout and mask, of
+batches and of packed documents, then latency, throughput and peak memory. Exit code 1 if a bound is
+missed. Uses the GPUs there are; without one it runs on the CPU: gloo, Triton's interpreter, small.
 """
 
 import argparse
@@ -25,18 +25,9 @@ if not torch.cuda.is_available():
 import torch.distributed as dist
 from tabulate import tabulate
 
-from comparison import (
-    MASKS,
-    TENSORS,
-    ErrorRow,
-    Place,
-    Settings,
-    SpeedRow,
-    compare,
-    join,
-    refusals,
-    time_rings,
-)
+from comparison import MASKS, TENSORS, ErrorRow, Place, Settings, backends, compare, join
+from comparison_packed import PACKED_LAYOUTS, documents_of
+from comparison_speed import SpeedRow, time_rings
 from oracle import LAYOUTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -71,6 +62,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of q, k, v")
     parser.add_argument(
         "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="layouts to compare"
+    )
+    parser.add_argument(
+        "--packed-layouts",
+        nargs="*",
+        choices=PACKED_LAYOUTS,
+        default=list(PACKED_LAYOUTS),
+        help="layouts of packed documents to compare, under those of --masks that are causal",
     )
     parser.add_argument(
         "--masks",
@@ -113,6 +111,7 @@ def settings_of(options: argparse.Namespace, place: Place) -> Settings:
         options.batch,
         DTYPES[options.dtype],
         tuple(options.layouts),
+        tuple(options.packed_layouts),
         tuple(options.masks),
         options.repeats,
         truth,
@@ -120,7 +119,7 @@ def settings_of(options: argparse.Namespace, place: Place) -> Settings:
     )
 
 
-def heading(settings: Settings, place: Place) -> str:
+def heading(settings: Settings, place: Place, chosen: dict[str, str]) -> str:
     if place.device.type == "cuda":
         where = f"{torch.cuda.get_device_name()}, {place.transport}"
         if place.transport != "nccl":
@@ -138,10 +137,14 @@ def heading(settings: Settings, place: Place) -> str:
         "flash": "fixed by dtype, since both sides round",
     }[settings.truth]
     s = settings
+    packed = s.packed(place.device)
+    documents = ", ".join(map(str, documents_of(s.global_len, place.world_size)))
     return (
         f"ring_flash_attn comparison: {place.world_size} ranks, {where}\n"
         f"global length {s.global_len}, batch {s.batch}, heads {s.heads}/{s.key_heads}, head dim "
-        f"{s.head_dim}, {s.dtype}, torch {torch.__version__}\n"
+        f"{s.head_dim}, {s.dtype}, torch {torch.__version__}, native backend: "
+        f"{chosen.get('native', 'none')}\n"
+        f"packed: documents of {documents} rows, heads {packed.heads}/{packed.key_heads}\n"
         f"errors against {truth}; bound on the relative error: {bound}"
     )
 
@@ -208,23 +211,27 @@ def main() -> int:
     options = parse()
     place = join()
     settings = settings_of(options, place)
-    refused = refusals(settings, place)
-    runs = tuple(name for name in settings.implementations if name not in refused)
-    settings = replace(settings, implementations=runs)
+    chosen, refused = backends(settings, place)
+    settings = replace(settings, implementations=tuple(chosen))
 
     def say(*words: str) -> None:
         if place.rank == 0:
             print(*words, flush=True)
 
-    say(heading(settings, place))
+    say(heading(settings, place, chosen))
     for name, reason in refused.items():
         say(f"not run: {name}: {reason}")
-    if not runs or (settings.truth == "flash" and "native" in refused):
+    if not chosen or (settings.truth == "flash" and "native" in refused):
         say("FAILED: nothing to compare with")
         return 1
+    packed = settings.packed(place.device)
+    documents = documents_of(settings.global_len, place.world_size)
+    tables = [(settings, mask, ()) for mask in settings.masks]
+    if packed.layouts:
+        tables += [(packed, mask, documents) for mask in settings.masks if MASKS[mask][0]]
     errors = []
-    for mask in settings.masks:
-        rows = compare(settings, place, mask)
+    for of_table, mask, lengths in tables:
+        rows = compare(of_table, place, mask, lengths)
         errors += rows
         say("\n" + error_report(rows))
     speeds: list[SpeedRow] = []
@@ -251,20 +258,29 @@ def test_comparison_passes_on_two_ranks():
     result = run(2, "--global-length", "64", "--head-dim", "16")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PASSED: every bound holds." in result.stdout
-    for word in (*LAYOUTS, *TENSORS, *MASKS, "native", "triton", "max error", "RMSE", "tokens/s"):
+    for word in (*PACKED_LAYOUTS, *TENSORS, *MASKS, "max error", "RMSE", "tokens/s"):
         assert word in result.stdout
+    assert "native backend: " in result.stdout
+    assert "packed: documents of 8, 40, 4, 12 rows" in result.stdout
+    ok = [line.split() for line in result.stdout.splitlines() if line.endswith(" ok")]
+    for kernels in ("native", "triton"):
+        for mask in ("causal", "window"):
+            of_packed = [line[3] for line in ok if line[:3] == ["packed", mask, kernels]]
+            assert [of_packed.count(layout) for layout in PACKED_LAYOUTS] == [len(TENSORS)] * 4
 
 
 def test_comparison_passes_against_flash_attention():
-    result = run(2, *SMALL, "--truth", "flash", "--masks", "causal")
+    result = run(2, *SMALL, "--truth", "flash", "--masks", "causal", "--packed-layouts", "zigzag")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("tensor", ["out", "dq", "dk", "dv"])
 def test_an_error_of_one_percent_fails_the_comparison(tensor: str):
-    result = run(2, *SMALL, "--layouts", "zigzag", "--masks", "causal", "--inject", tensor)
+    layouts = "--layouts", "zigzag", "--packed-layouts", "llama3"
+    result = run(2, *SMALL, *layouts, "--masks", "causal", "--inject", tensor)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert f"triton zigzag: {tensor} has relative error" in result.stdout
+    assert f"causal, triton zigzag: {tensor} has relative error" in result.stdout
+    assert f"packed causal, triton llama3: {tensor} has relative error" in result.stdout
 
 
 def test_the_quick_test_passes_within_a_minute():

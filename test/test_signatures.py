@@ -12,19 +12,24 @@ import pytest
 import torch
 
 import ring_flash_attn
+from ring_flash_attn import triton_ring_flash_attn
+from ring_flash_attn.zigzag_ring_flash_attn_varlen import get_half_index, get_half_lse
 from upstream_signatures import ADAPTERS, CLASSES, EXPORTS, FUNCTIONS
 
 # Modules below ring_flash_attn; an entry is a whole module or module.name.
-BUILT = ("ring_flash_attn", "zigzag_ring_flash_attn", "stripe_flash_attn", "utils")
-NOT_YET = (
-    ("ring_flash_attn_varlen", "packed sequences"),
-    ("zigzag_ring_flash_attn_varlen", "packed sequences"),
-    ("llama3_flash_attn_varlen", "packed sequences on the all-gather schedule"),
-    ("triton_utils", "its functions reshape the lse of packed sequences"),
-    ("utils.flatten_varlen_lse", "reshapes the lse of packed sequences"),
-    ("utils.unflatten_varlen_lse", "reshapes the lse of packed sequences"),
-    ("adapters.hf_adapter", "the Hugging Face adapter"),
+BUILT = (
+    "ring_flash_attn",
+    "ring_flash_attn_varlen",
+    "zigzag_ring_flash_attn",
+    "zigzag_ring_flash_attn_varlen",
+    "stripe_flash_attn",
+    "llama3_flash_attn_varlen",
+    "triton_utils",
+    "utils",
 )
+NOT_YET = (("adapters.hf_adapter", "the Hugging Face adapter"),)
+# Triton JIT objects: the function is their `fn`, and they do not pickle.
+KERNELS = (("triton_utils", "flatten_kernel"), ("triton_utils", "unflatten_kernel"))
 
 TABLE = [
     (module, name)
@@ -48,15 +53,30 @@ def _built(table) -> list[tuple[str, str]]:
 
 BUILT_FUNCTIONS = _built(FUNCTIONS)
 BUILT_CLASSES = _built(CLASSES)
-CALLS = [(module, name) for module, name in BUILT_FUNCTIONS if name.endswith("_func")]
+# Stripes of packed documents are this library's own, in the forms of upstream's other layouts.
+STRIPE_VARLEN = [
+    ("stripe_flash_attn", name.replace("ring_", "stripe_"))
+    for name in FUNCTIONS["ring_flash_attn_varlen"]
+]
+CALLS = [
+    (module, name)
+    for module, name in [*BUILT_FUNCTIONS, *STRIPE_VARLEN]
+    if name.endswith(("_func", "_forward", "_backward"))
+]
 PUBLIC_FUNCTIONS = [
     *BUILT_FUNCTIONS,
+    *STRIPE_VARLEN,
     *(("triton_ring_flash_attn", f"triton_{name}") for _, name in CALLS),
 ]
 
 
 def _find(module: str, name: str):
     return getattr(importlib.import_module(f"ring_flash_attn.{module}"), name)
+
+
+def _function(module: str, name: str):
+    found = _find(module, name)
+    return found.fn if (module, name) in KERNELS else found
 
 
 def _parameters(function) -> str:
@@ -84,7 +104,15 @@ def test_what_is_not_yet_there_is_not_there(module, name):
 
 @pytest.mark.parametrize(("module", "name"), BUILT_FUNCTIONS)
 def test_a_function_has_upstreams_parameters(module, name):
-    assert _parameters(_find(module, name)) == FUNCTIONS[module][name]
+    assert _parameters(_function(module, name)) == FUNCTIONS[module][name]
+
+
+@pytest.mark.parametrize(("module", "name"), STRIPE_VARLEN)
+def test_packed_stripes_have_the_parameters_of_packed_rings(module, name):
+    of_rings = FUNCTIONS["ring_flash_attn_varlen"][name.replace("stripe_", "ring_")]
+    assert _parameters(_find(module, name)) == of_rings
+    if name.endswith("_func"):
+        assert getattr(ring_flash_attn, name) is _find(module, name)
 
 
 @pytest.mark.parametrize(("module", "name"), BUILT_CLASSES)
@@ -101,9 +129,8 @@ def test_a_class_has_upstreams_parameters(module, name):
 @pytest.mark.parametrize("name", EXPORTS)
 def test_the_package_exports_upstreams_names(name):
     (module,) = (module for module, names in FUNCTIONS.items() if name in names)
-    if not _is_built(module, name):
-        pytest.skip(f"{module} is not built yet: {dict(NOT_YET)[module]}")
     assert getattr(ring_flash_attn, name) is _find(module, name)
+    assert name in ring_flash_attn.__all__
 
 
 @pytest.mark.parametrize(("module", "name"), CALLS)
@@ -116,12 +143,82 @@ def test_a_call_has_a_triton_twin_of_equal_signature(module, name):
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC_FUNCTIONS)
 def test_a_public_function_is_found_by_its_own_name(module, name):
-    function = _find(module, name)
+    function = _function(module, name)
     assert function.__name__ == function.__qualname__ == name
-    assert getattr(importlib.import_module(function.__module__), name) is function
-    assert pickle.loads(pickle.dumps(function)) is function
+    found = getattr(importlib.import_module(function.__module__), name)
+    assert found is _find(module, name)
+    if (module, name) not in KERNELS:
+        assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC_FUNCTIONS)
 def test_a_public_function_has_a_docstring(module, name):
-    assert (_find(module, name).__doc__ or "").strip()
+    assert (_function(module, name).__doc__ or "").strip()
+
+
+def test_there_is_a_triton_twin_of_every_call_and_of_nothing_else():
+    names = {f"triton_{name}" for _, name in CALLS}
+    # One device, without a ring: this library's own.
+    names |= {"triton_flash_attn_forward", "triton_flash_attn_backward"}
+    functions = {name for name in triton_ring_flash_attn.__all__ if name.startswith("triton_")}
+    assert functions == names
+
+
+# Documents of rows 0-3, none, 4-5 and 6-11.
+CU_SEQLENS = torch.tensor([0, 4, 4, 6, 12], dtype=torch.int32)
+FRONT = [True, True, False, False, True, False, True, True, True, False, False, False]
+
+
+def test_a_half_index_marks_half_of_every_document():
+    front = get_half_index(CU_SEQLENS, front=True)
+    back = get_half_index(CU_SEQLENS, front=False)
+    assert front.dtype == back.dtype == torch.bool
+    assert front.tolist() == FRONT
+    assert back.tolist() == [not x for x in FRONT]
+
+
+def test_a_half_index_of_one_document_is_a_slice():
+    one = torch.tensor([0, 6], dtype=torch.int32)
+    assert get_half_index(one, front=True) == slice(None, 3)
+    assert get_half_index(one, front=False) == slice(3, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_half_lse_holds_half_of_every_document(dtype):
+    nan = float("nan")  # behind a document: not to be read
+    lse = torch.tensor(
+        [
+            [[1, 2, 3, 4, nan, nan], [11, 12, 13, 14, nan, nan]],
+            [[nan] * 6, [nan] * 6],
+            [[5, 6, nan, nan, nan, nan], [15, 16, nan, nan, nan, nan]],
+            [[21, 22, 23, 24, 25, 26], [31, 32, 33, 34, 35, 36]],
+        ],
+        dtype=dtype,
+    )
+    front = get_half_lse(lse, CU_SEQLENS, front=True)
+    back = get_half_lse(lse, CU_SEQLENS, front=False)
+    assert front.dtype == back.dtype == dtype
+    assert front.tolist() == [
+        [[1, 2, 0], [11, 12, 0]],
+        [[0, 0, 0], [0, 0, 0]],
+        [[5, 0, 0], [15, 0, 0]],
+        [[21, 22, 23], [31, 32, 33]],
+    ]
+    assert back.tolist() == [
+        [[3, 4, 0], [13, 14, 0]],
+        [[0, 0, 0], [0, 0, 0]],
+        [[6, 0, 0], [16, 0, 0]],
+        [[24, 25, 26], [34, 35, 36]],
+    ]
+
+
+def test_a_packed_lse_is_halved_document_by_document():
+    lse = torch.arange(14.0).repeat(2, 1)  # two rows behind the last document
+    lse[1] += 20
+    front = get_half_lse(lse, CU_SEQLENS, front=True)
+    back = get_half_lse(lse, CU_SEQLENS, front=False)
+    assert front.tolist() == [[0, 1, 4, 6, 7, 8, 0], [20, 21, 24, 26, 27, 28, 0]]
+    assert back.tolist() == [[2, 3, 5, 9, 10, 11, 0], [22, 23, 25, 29, 30, 31, 0]]
+    one = torch.tensor([0, 6], dtype=torch.int32)
+    assert get_half_lse(lse[:, :6], one, front=True).tolist() == [[0, 1, 2], [20, 21, 22]]
+    assert get_half_lse(lse[:, :6], one, front=False).tolist() == [[3, 4, 5], [23, 24, 25]]

@@ -5,9 +5,11 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from ..core.attention import Attention
+from ..core.packed import Documents, PackedPlan
 from .aten import AtenBackend
 from .base import Backend
 from .flash import Flash2Backend, Flash3Backend, Flash4Backend
+from .fused import FusedBackend
 from .reference import ReferenceBackend
 
 NAMES = ("native", "triton", "flash2", "flash3", "flash4", "aten", "reference")
@@ -41,6 +43,16 @@ def select_backend(name: str, attention: Attention, q: Tensor, k: Tensor, v: Ten
         f"no {name} backend runs q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} of "
         f"{q.dtype} on {q.device.type} with {attention}:\n  " + "\n  ".join(reasons)
     )
+
+
+def needs_lengths(backend: Backend, plan: PackedPlan, documents: Documents) -> list[str]:
+    """Return every reason why a backend wants the lengths of documents on the host, where it then
+    runs block by block of each document; empty if it takes the documents as they are."""
+    if backend.reads_documents:
+        return []
+    if isinstance(backend, FusedBackend):
+        return backend.needs_lengths(plan, documents)
+    return [f"{backend.name} computes blocks of rows"]
 
 
 def _candidates(name: str, q: Tensor) -> list[Backend]:

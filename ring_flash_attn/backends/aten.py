@@ -4,6 +4,8 @@ On CUDA a block's out, dq, dk, dv come rounded to 16 bits and are folded in floa
 block results are in the state's dtype.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from ..core.plan import Block
 from .base import Saved, state_dtype
 from .fused import FusedBackend, aligned, names, open_window
 from .reference import band_mask
+from .varlen import Varlen
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -37,17 +40,30 @@ class AtenBackend(FusedBackend):
             reasons.append(f"computes in {names(_CPU_DTYPES)} on cpu, got {q.dtype}")
         return reasons
 
+    def lacks_varlen(self, device: torch.device) -> list[str]:
+        if device.type != "cuda":
+            return [f"torch's flash attention takes cu_seqlens on cuda only, got {device.type}"]
+        return [] if _has_unpadded_lse() else ["this torch pads the lse of packed rows"]
+
     def kernel_forward(
-        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+        self, attention: Attention, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        forward = _cuda_forward if q.is_cuda else _cpu_forward
-        return forward(attention.softmax_scale, block, q, k, v)
+        if isinstance(block, Block) and not q.is_cuda:
+            return _cpu_forward(attention.softmax_scale, block, q, k, v)
+        return _cuda_forward(attention.softmax_scale, block, q, k, v)
 
     def kernel_backward(
-        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+        self,
+        attention: Attention,
+        block: Block | Varlen,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        backward = _cuda_backward if q.is_cuda else _cpu_backward
-        return backward(attention.softmax_scale, block, saved, q, k, v)
+        if isinstance(block, Block) and not q.is_cuda:
+            return _cpu_backward(attention.softmax_scale, block, saved, q, k, v)
+        return _cuda_backward(attention.softmax_scale, block, saved, q, k, v)
 
 
 def _unsupported_on_cuda(attention: Attention, q: Tensor) -> list[str]:
@@ -74,19 +90,26 @@ def _unsupported_on_cuda(attention: Attention, q: Tensor) -> list[str]:
     return reasons
 
 
+@lru_cache(maxsize=1)
+def _has_unpadded_lse() -> bool:
+    """Whether packed rows have lse [H, T], as the kernel's shape function says."""
+    q, cu = torch.empty((4, 1, 8), device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    _, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, q, q, cu, cu, 3, 3, 0.0, False, False, scale=1.0
+    )
+    return lse.shape == (1, 4)
+
+
 def _cuda_forward(
-    scale: float, block: Block, q: Tensor, k: Tensor, v: Tensor
+    scale: float, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (aligned(x) for x in (q, k, v))
-    left, right = open_window(block)
+    q, k, v = _packed(block, *(aligned(x) for x in (q, k, v)))
+    sequences, left, right = _sequences(block, q, k)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
+        *sequences,
         0.0,
         (left, right) == (-1, 0),
         False,
@@ -94,26 +117,24 @@ def _cuda_forward(
         window_size_left=left,
         window_size_right=right,
     )
-    return out, lse
+    return (out, lse) if isinstance(block, Block) else (out.unsqueeze(0), lse.unsqueeze(0))
 
 
 def _cuda_backward(
-    scale: float, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+    scale: float, block: Block | Varlen, saved: Saved, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, out, q, k, v = (aligned(x) for x in (saved.dout.to(q.dtype), saved.out, q, k, v))
-    left, right = open_window(block)
+    dout, out, q, k, v, lse = _packed(block, dout, out, q, k, v, saved.lse.contiguous())
+    sequences, left, right = _sequences(block, q, k)
     no_dropout_state = torch.empty((), dtype=torch.int64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
+    grads = torch.ops.aten._flash_attention_backward(
         dout,
         q,
         k,
         v,
         out,
-        saved.lse.contiguous(),
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
+        lse,
+        *sequences,
         0.0,
         (left, right) == (-1, 0),
         no_dropout_state,
@@ -122,6 +143,20 @@ def _cuda_backward(
         window_size_left=left,
         window_size_right=right,
     )
+    dq, dk, dv = grads if isinstance(block, Block) else (x.unsqueeze(0) for x in grads)
+    return dq, dk, dv
+
+
+def _packed(block: Block | Varlen, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors of a batch, those of packed documents without the axis B of 1."""
+    return tensors if isinstance(block, Block) else tuple(x.squeeze(0) for x in tensors)
+
+
+def _sequences(block: Block | Varlen, q: Tensor, k: Tensor) -> tuple[tuple, int, int]:
+    """Return (cum_seq_q, cum_seq_k, max_q, max_k), left and right."""
+    if isinstance(block, Block):
+        return (None, None, q.shape[1], k.shape[1]), *open_window(block)
+    return tuple(block.sequences.values()), block.left, block.right
 
 
 def _cpu_forward(

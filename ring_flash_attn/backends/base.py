@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from ..core.attention import Attention
+from ..core.packed import DocumentsStep
 from ..core.plan import StepPlan
+
+# What a backend computes: blocks of rows, or, where it can read them, documents on the device.
+Step = StepPlan | DocumentsStep
 
 
 class Saved(NamedTuple):
@@ -42,9 +46,16 @@ class GradTarget(NamedTuple):
 
 
 class Backend(Protocol):
-    """Computes steps. Holds no state: a step's results live in tensors that the caller owns."""
+    """Computes steps. Holds no state: a step's results live in tensors that the caller owns.
+
+    Attributes:
+        reads_documents: whether it takes every DocumentsStep. Of another backend
+            `backends.needs_lengths` says why it gets blocks of rows instead, for which the lengths
+            of packed documents have been read on the host.
+    """
 
     name: str
+    reads_documents: bool
 
     def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Return every reason why this backend cannot run these inputs; empty if it can."""
@@ -53,12 +64,13 @@ class Backend(Protocol):
     def forward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         lse: Tensor,
+        result: Tensor | None = None,
     ) -> None:
         """Fold one source's K, V into the state (out, lse).
 
@@ -66,6 +78,9 @@ class Backend(Protocol):
             q: [B, L, H, D], read. k, v: [B, Lk, Hk, D] of the source, read. Any strides.
             out: [B, L, H, D] state dtype, normalised; lse: [B, H, L] state dtype. Written, not
                 read, on the rows that blocks touch if `step_plan.first`; else read and written.
+                `out` is None if this is the only step, which finishes all that it touches.
+            result: [B, L, H, D] in q's dtype, may be `out`: where the rows of
+                `step_plan.finished` go instead of `out`. None: they stay in `out`.
         """
         ...
 
@@ -78,19 +93,20 @@ class Backend(Protocol):
     def backward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         saved: Saved,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        dq: Tensor,
+        dq: Tensor | None,
         dkv_target: Callable[[], GradTarget],
+        result: Tensor | None = None,
     ) -> None:
         """Fold one source's share into dq, and hand its dk, dv to `dkv_target`.
 
         Args:
             dq: [B, L, H, D] state dtype; stored, not read, on touched rows if `step_plan.first`,
-                else added to.
+                else added to. None, and `result`: as for `out` in `forward`.
             dkv_target: called once, as late as possible: it waits for a travelling accumulator.
         """
         ...

@@ -1,23 +1,26 @@
 """Backends whose kernel computes one whole block: fold block results into the state in torch.
 
-A subclass gives `attend` (a block's out and lse) and `gradients` (a block's dq, dk, dv). Triton
-kernels do not come here: they fold inside the kernel.
+A subclass gives `attend` (a block's out and lse) and `gradients` (a block's dq, dk, dv). The Triton
+attention kernels do not come here: they fold inside the kernel.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..core.attention import Attention
 from ..core.plan import Block, StepPlan
-from .base import GradTarget, Saved
+from .base import GradTarget, Saved, Step, state_dtype
+from .fold import fold, put
 
 
 class BlockBackend:
     """Run a step block by block."""
 
     name = "block"
+    reads_documents = False
 
     def blocks_of(self, step_plan: StepPlan) -> tuple[Block, ...]:
         """Return the step's blocks, cut as this backend's kernel needs them."""
@@ -43,82 +46,115 @@ class BlockBackend:
     def forward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         lse: Tensor,
+        result: Tensor | None = None,
     ) -> None:
+        assert isinstance(step_plan, StepPlan), "this backend takes blocks of rows"
         blocks = self.blocks_of(step_plan)
-        store = step_plan.first and len(blocks) == 1
-        if step_plan.first and not store:
+        alone = len(blocks) == 1
+        if step_plan.first and not alone:
             # Blocks may share rows, so none may assume that it is the first to write one.
-            out.zero_()
+            out = _zeroed(out, q)
             lse.fill_(-torch.inf)
         for block in blocks:
             rows, keys = _rows(block), _keys(block)
             block_out, block_lse = self.attend(attention, block, q[:, rows], k[:, keys], v[:, keys])
-            if store:
-                out[:, rows] = block_out
-                lse[:, :, rows] = block_lse
-            else:
-                fold(out[:, rows], lse[:, :, rows], block_out, block_lse)
+            for part, target in _targets(block, step_plan, alone, out, result):
+                mine = slice(part.start - rows.start, part.stop - rows.start)
+                if step_plan.first and alone:
+                    put(None, block_out[:, mine], target[:, part])
+                    lse[:, :, part] = block_lse[:, :, mine]
+                else:
+                    assert out is not None
+                    fold(
+                        out[:, part],
+                        lse[:, :, part],
+                        block_out[:, mine],
+                        block_lse[:, :, mine],
+                        target[:, part],
+                    )
+        if not alone:
+            _copy_finished(step_plan, out, result)
 
     def backward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         saved: Saved,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        dq: Tensor,
+        dq: Tensor | None,
         dkv_target: Callable[[], GradTarget],
+        result: Tensor | None = None,
     ) -> None:
         # A lone block owns all rows that the step touches; several may share rows and add up.
+        assert isinstance(step_plan, StepPlan), "this backend takes blocks of rows"
         blocks = self.blocks_of(step_plan)
         alone = len(blocks) == 1
         if step_plan.first and not alone:
-            dq.zero_()
-        target = None
+            dq = _zeroed(dq, q)
+        dkv = None
         for block in blocks:
             rows, keys = _rows(block), _keys(block)
             block_dq, block_dk, block_dv = self.gradients(
                 attention, block, cut(saved, rows), q[:, rows], k[:, keys], v[:, keys]
             )
-            _put(dq[:, rows], block_dq, store=step_plan.first and alone)
-            if target is None:
-                target = dkv_target()
-                if not (target.add or alone):
-                    target.dk.zero_()
-                    target.dv.zero_()
-            _put(target.dk[:, keys], block_dk, store=alone and not target.add)
-            _put(target.dv[:, keys], block_dv, store=alone and not target.add)
+            for part, target in _targets(block, step_plan, alone, dq, result):
+                share = block_dq[:, part.start - rows.start : part.stop - rows.start]
+                store = step_plan.first and alone
+                put(None if store or dq is None else dq[:, part], share, target[:, part])
+            if dkv is None:
+                dkv = dkv_target()
+                if not (dkv.add or alone):
+                    dkv.dk.zero_()
+                    dkv.dv.zero_()
+            for x, share in ((dkv.dk[:, keys], block_dk), (dkv.dv[:, keys], block_dv)):
+                put(None if alone and not dkv.add else x, share, x)
+        if not alone:
+            _copy_finished(step_plan, dq, result)
 
 
-def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a block's result into the state in place: the online softmax across blocks.
+def _zeroed(state: Tensor | None, like: Tensor) -> Tensor:
+    """Return the state zeroed, or a new one where the caller keeps none."""
+    if state is None:
+        return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
+    return state.zero_()
 
-    A row that saw nothing on either side stays (0, -inf): its weights are 0, never NaN.
 
-    Args:
-        out: [B, n, H, D], lse: [B, H, n]: state, read and written.
-        block_out: [B, n, H, D], any dtype. block_lse: [B, H, n].
+def _targets(
+    block: Block, step_plan: StepPlan, alone: bool, state: Tensor | None, result: Tensor | None
+) -> list[tuple[slice, Tensor]]:
+    """Return the block's query rows in parts, each with the tensor that it is written to.
+
+    Of several blocks none knows that it is the last on a row: they write the state, of which
+    `_copy_finished` takes what is finished.
     """
-    total = torch.logaddexp(lse, block_lse.to(lse.dtype))
-    finite = torch.where(total == -torch.inf, 0.0, total)
-    kept = torch.exp(lse - finite).transpose(1, 2).unsqueeze(-1)
-    new = torch.exp(block_lse - finite).transpose(1, 2).unsqueeze(-1)
-    out.mul_(kept).addcmul_(block_out, new)
-    lse.copy_(total)
+    if state is None and alone:
+        assert result is not None, "without a state there must be a result"
+        return [(_rows(block), result)]
+    assert state is not None
+    if result is None or not alone:
+        return [(_rows(block), state)]
+    edges = {block.q_begin, block.q_end}
+    edges |= {x for part in step_plan.finished for x in part if block.q_begin < x < block.q_end}
+    parts = []
+    for begin, end in pairwise(sorted(edges)):
+        done = any(low <= begin and end <= high for low, high in step_plan.finished)
+        parts.append((slice(begin, end), result if done else state))
+    return parts
 
 
-def _put(where: Tensor, share: Tensor, store: bool) -> None:
-    if store:
-        where.copy_(share)
-    else:
-        where.add_(share)
+def _copy_finished(step_plan: StepPlan, state: Tensor | None, result: Tensor | None) -> None:
+    if state is None or result is None or result is state:
+        return
+    for begin, end in step_plan.finished:
+        result[:, begin:end] = state[:, begin:end]
 
 
 def cut(saved: Saved, rows: slice) -> Saved:

@@ -18,6 +18,7 @@ from ..core.attention import Attention
 from ..core.plan import Block
 from .base import Saved
 from .fused import FusedBackend, aligned, names, open_window
+from .varlen import Varlen
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -79,22 +80,38 @@ class _FlashBackend(FusedBackend):
         return loaded
 
     def kernel_forward(
-        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+        self, attention: Attention, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (aligned(x) for x in (q, k, v))
-        return self._forward(attention, *open_window(block), q, k, v)
+        if isinstance(block, Block):
+            return self._forward(attention, *open_window(block), q, k, v)
+        q, k, v = (x.squeeze(0) for x in (q, k, v))
+        out, lse = self._forward(attention, block.left, block.right, q, k, v, **block.sequences)
+        return out.unsqueeze(0), lse.unsqueeze(0)
 
     def kernel_backward(
-        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+        self,
+        attention: Attention,
+        block: Block | Varlen,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, out, q, k, v = (aligned(x) for x in (saved.dout.to(q.dtype), saved.out, q, k, v))
-        lse = saved.lse.contiguous()
-        return self._backward(attention, *open_window(block), dout, q, k, v, out, lse)
+        given = dout, q, k, v, out, saved.lse.contiguous()
+        if isinstance(block, Block):
+            return self._backward(attention, *open_window(block), *given)
+        given = (x.squeeze(0) for x in given)
+        grads = self._backward(attention, block.left, block.right, *given, **block.sequences)
+        dq, dk, dv = (x.unsqueeze(0) for x in grads)
+        return dq, dk, dv
 
-    def _forward(self, attention, left, right, q, k, v) -> tuple[Tensor, Tensor]:
+    def _forward(self, attention, left, right, q, k, v, **sequences) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of a batch; of packed rows [T, H, D], lse [H, T], with `sequences`."""
         raise NotImplementedError
 
-    def _backward(self, attention, left, right, dout, q, k, v, out, lse):
+    def _backward(self, attention, left, right, dout, q, k, v, out, lse, **sequences):
         raise NotImplementedError
 
 
@@ -106,20 +123,28 @@ class Flash2Backend(_FlashBackend):
     install = "pip install flash-attn --no-build-isolation"
     capabilities = (8, 9, 10, 12)
 
-    def _forward(self, attention, left, right, q, k, v):
-        run = self._loaded()._flash_attn_forward
+    def lacks_varlen(self, device: torch.device) -> list[str]:
+        if "softcap" in _parameters(self._loaded()._flash_attn_varlen_forward):
+            return []
+        return ["before 2.6, which brought softcap, the lse of packed rows is padded"]
+
+    def _forward(self, attention, left, right, q, k, v, **sequences):
+        flash = self._loaded()
+        run = flash._flash_attn_varlen_forward if sequences else flash._flash_attn_forward
         outputs = run(
             q,
             k,
             v,
+            **sequences,
             **_options2(run, attention, left, right),
             **_if_taken(run, return_softmax=False),
         )
         # (out, lse, ...) since 2.7; before, (out, q, k, v, out_padded, lse, ...).
         return outputs[0], outputs[5 if len(outputs) == 8 else 1]
 
-    def _backward(self, attention, left, right, dout, q, k, v, out, lse):
-        run = self._loaded()._flash_attn_backward
+    def _backward(self, attention, left, right, dout, q, k, v, out, lse, **sequences):
+        flash = self._loaded()
+        run = flash._flash_attn_varlen_backward if sequences else flash._flash_attn_backward
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         run(
             dout,
@@ -131,6 +156,7 @@ class Flash2Backend(_FlashBackend):
             dq,
             dk,
             dv,
+            **sequences,
             **_options2(run, attention, left, right),
             **_if_taken(run, deterministic=attention.deterministic),
         )
@@ -145,12 +171,16 @@ class Flash3Backend(_FlashBackend):
     install = "build the folder hopper of flash-attention"
     capabilities = (9,)
 
-    def _forward(self, attention, left, right, q, k, v):
+    def lacks_varlen(self, device: torch.device) -> list[str]:
+        return []
+
+    def _forward(self, attention, left, right, q, k, v, **sequences):
         self._loaded()
         out, lse, *_ = torch.ops.flash_attn_3.fwd(
             q,
             k,
             v,
+            **sequences,
             softmax_scale=attention.softmax_scale,
             is_causal=(left, right) == (-1, 0),
             window_size_left=left,
@@ -160,7 +190,7 @@ class Flash3Backend(_FlashBackend):
         )
         return out, lse
 
-    def _backward(self, attention, left, right, dout, q, k, v, out, lse):
+    def _backward(self, attention, left, right, dout, q, k, v, out, lse, **sequences):
         self._loaded()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         torch.ops.flash_attn_3.bwd(
@@ -173,6 +203,7 @@ class Flash3Backend(_FlashBackend):
             dq,
             dk,
             dv,
+            **sequences,
             softmax_scale=attention.softmax_scale,
             is_causal=(left, right) == (-1, 0),
             window_size_left=left,
@@ -190,12 +221,17 @@ class Flash4Backend(_FlashBackend):
     install = "pip install flash-attn-4"
     capabilities = (9, 10)
 
-    def _forward(self, attention, left, right, q, k, v):
+    def lacks_varlen(self, device: torch.device) -> list[str]:
+        return ["flash4 is not known to take sequences that have queries and no keys"]
+
+    def _forward(self, attention, left, right, q, k, v, **sequences):
+        assert not sequences, "lacks_varlen says no"
         run = self._loaded()._flash_attn_fwd
         out, lse, *_ = run(q, k, v, return_lse=True, **_options4(attention, left, right))
         return out, lse
 
-    def _backward(self, attention, left, right, dout, q, k, v, out, lse):
+    def _backward(self, attention, left, right, dout, q, k, v, out, lse, **sequences):
+        assert not sequences, "lacks_varlen says no"
         run = self._loaded()._flash_attn_bwd
         options = _options4(attention, left, right)
         dq, dk, dv, *_ = run(

@@ -1,10 +1,11 @@
 """Backends over a fused flash-attention kernel: one call a block, in either direction.
 
-A subclass gives the two calls, `kernel_forward` and `kernel_backward`. What such kernels share is
-here: they compute rowsum(dout * out) inside, know no gradient of lse, and state a band as a
-bottom-right window.
+A subclass gives the two calls, `kernel_forward` and `kernel_backward`, for a block of rows and for
+all documents of a packed step. What such kernels share is here: they compute rowsum(dout * out)
+inside, know no gradient of lse, and state a band as a bottom-right window.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -12,38 +13,123 @@ import torch
 from torch import Tensor
 
 from ..core.attention import Attention
+from ..core.packed import Documents, DocumentsStep, PackedPlan
 from ..core.plan import Block, StepPlan, trim
-from .base import Saved
+from .base import GradTarget, Saved, Step
 from .blocks import BlockBackend
+from .fold import fold, put
+from .varlen import Varlen, inexpressible, poison_wrong, varlen_of
 
 _ALIGNMENT = 8  # elements of 16 bits: the CUDA kernels load 16 bytes at a time
 
 
 class FusedBackend(BlockBackend):
-    """One call of a fused kernel per block."""
+    """One call of a fused kernel per block; for packed documents, where they can be one call, per
+    step."""
 
     def kernel_forward(
-        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+        self, attention: Attention, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (out [B, n, H, D], lse [B, H, n]) of a block."""
+        """Return (out [B, n, H, D], lse [B, H, n]) of a block; B is 1 where it is a Varlen."""
         raise NotImplementedError
 
     def kernel_backward(
-        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+        self,
+        attention: Attention,
+        block: Block | Varlen,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a block's (dq, dk, dv) from the final out and lse, without dlse."""
         raise NotImplementedError
+
+    def lacks_varlen(self, device: torch.device) -> list[str]:
+        """Return every reason why `kernel_forward` and `kernel_backward` take no Varlen."""
+        raise NotImplementedError
+
+    def needs_lengths(self, plan: PackedPlan, documents: Documents) -> list[str]:
+        """Return every reason why a packed call runs document by document; empty if by steps."""
+        lacking = self.lacks_varlen(documents.cu_q.device)
+        return [*lacking, *inexpressible(plan, documents)]
+
+    def forward(
+        self,
+        attention: Attention,
+        step_plan: Step,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        result: Tensor | None = None,
+    ) -> None:
+        if isinstance(step_plan, StepPlan):
+            return super().forward(attention, step_plan, q, k, v, out, lse, result)
+        if not step_plan.sees:
+            return None
+        varlen, target = varlen_of(step_plan), _target(step_plan, out, result)
+        step_out, step_lse = self.attend(attention, varlen, q, k, v)
+        if step_lse.shape != lse.shape:
+            raise RuntimeError(
+                f"{self.name} must return lse {list(lse.shape[1:])} of packed rows, got "
+                f"{list(step_lse.shape[1:])}: this version pads it"
+            )
+        step_lse = step_lse.masked_fill(~varlen.sees, -torch.inf)
+        if step_plan.first:
+            put(None, step_out, target, varlen.sees)
+            lse.copy_(step_lse)
+        else:
+            assert out is not None
+            fold(out, lse, step_out, step_lse, target)
+        if step_plan.last:
+            poison_wrong(step_plan, target, 1)
+            poison_wrong(step_plan, lse, 2)
+
+    def backward(
+        self,
+        attention: Attention,
+        step_plan: Step,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor | None,
+        dkv_target: Callable[[], GradTarget],
+        result: Tensor | None = None,
+    ) -> None:
+        if isinstance(step_plan, StepPlan):
+            return super().backward(attention, step_plan, saved, q, k, v, dq, dkv_target, result)
+        if not step_plan.sees:
+            return None
+        varlen, target = varlen_of(step_plan), _target(step_plan, dq, result)
+        if saved.dlse is not None:
+            saved = saved._replace(dlse=saved.dlse.masked_fill(~varlen.sees, 0.0))
+        step_dq, step_dk, step_dv = self.gradients(attention, varlen, saved, q, k, v)
+        put(None if step_plan.first else dq, step_dq, target, varlen.sees)
+        if step_plan.last:
+            poison_wrong(step_plan, target, 1)
+        dkv = dkv_target()
+        for x, share in ((dkv.dk, step_dk), (dkv.dv, step_dv)):
+            put(x if dkv.add else None, share, x, varlen.seen)
 
     def blocks_of(self, step_plan: StepPlan) -> tuple[Block, ...]:
         return split_tall(step_plan).blocks
 
     def attend(
-        self, attention: Attention, block: Block, q: Tensor, k: Tensor, v: Tensor
+        self, attention: Attention, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self.kernel_forward(attention, block, q, k, v)
 
     def gradients(
-        self, attention: Attention, block: Block, saved: Saved, q: Tensor, k: Tensor, v: Tensor
+        self,
+        attention: Attention,
+        block: Block | Varlen,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = self.kernel_backward(attention, block, saved, q, k, v)
         if saved.dlse is None:
@@ -54,7 +140,7 @@ class FusedBackend(BlockBackend):
     def _gradients_of_lse(
         self,
         attention: Attention,
-        block: Block,
+        block: Block | Varlen,
         saved: Saved,
         dlse: Tensor,
         q: Tensor,
@@ -77,6 +163,13 @@ class FusedBackend(BlockBackend):
         weighted = q.to(dlse.dtype) * _per_row(dlse / peak)
         *_, summed = self.kernel_backward(attention, block, saved._replace(dout=weighted), q, k, v)
         return more_dq, summed.to(dlse.dtype) * (attention.softmax_scale * peak)
+
+
+def _target(step: DocumentsStep, state: Tensor | None, result: Tensor | None) -> Tensor:
+    """Return what a step writes: the result where no later step of this rank sees anything."""
+    target = result if result is not None and (step.last or state is None) else state
+    assert target is not None, "without a state there must be a result"
+    return target
 
 
 @lru_cache(maxsize=512)

@@ -3,26 +3,28 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core.attention import Attention
-from ..core.plan import Block, StepPlan
-from ..core.tables import Tables, key_tables, query_tables
+from ..core.packed import DocumentsStep
 from ..kernels import configs
 from ..kernels.delta import _delta_kernel
 from ..kernels.dkv import _bwd_kernel_dkv
 from ..kernels.dq import _bwd_kernel_dq
 from ..kernels.forward import _fwd_kernel
+from ..kernels.hopper.configs import ForwardConfig, forward_config
 from ..kernels.tile import INTERPRETED
-from .base import GradTarget, Saved
+from . import hopper
+from .base import GradTarget, Saved, Step
+from .descriptors import tma_shape
+from .documents import Side
+from .launch import launch
+from .work import one_entry, work
 
-# Share of L2 for what the heads in flight read again and again. Gluon prototypes, H100, 2026-11-22:
-# all heads at once lost 9-11 % (forward, 32768 tokens), one at a time 14 % (backward, 8192).
-L2_BYTES = 32 << 20
 DELTA_ROWS = 64
 
 
@@ -34,10 +36,18 @@ class TritonBackend:
     """
 
     name = "triton"
+    reads_documents = True
 
-    def __init__(self, lookup: configs.Lookup = configs.launch_config) -> None:
-        """Take launch configurations from `lookup`: a search script or a test brings its own."""
+    def __init__(
+        self, lookup: configs.Lookup = configs.launch_config, hopper_forward: bool = hopper.WANTED
+    ) -> None:
+        """Take launch configurations from `lookup`: a search script or a test brings its own.
+
+        Args:
+            hopper_forward: run the Hopper forward where it can.
+        """
         self._lookup = lookup
+        self._hopper_forward = hopper_forward
 
     def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Return every reason why this backend cannot run these inputs; empty if it can."""
@@ -60,27 +70,39 @@ class TritonBackend:
     def forward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         lse: Tensor,
+        result: Tensor | None = None,
     ) -> None:
         """As Backend.forward; `out` may also be of the input's dtype: then each step rounds it."""
-        self._launch(
-            _fwd_kernel,
-            "forward",
-            attention,
-            step_plan,
-            {"q": q, "k": k, "v": v},
-            out_ptr=out,
-            lse_ptr=lse,
-            out_strides=_strides(out),
-            lse_stride_batch=lse.stride(0),
-            lse_stride_head=lse.stride(1),
-            CARRY=not step_plan.first,
-        )
+        out, result = _targets(out, result)
+        if not step_plan.sees:
+            return
+        outputs = {
+            "out_ptr": out,
+            "result_ptr": result,
+            "lse_ptr": lse,
+            "out_strides": _strides(out),
+            "lse_stride_batch": lse.stride(0),
+            "lse_stride_head": lse.stride(1),
+            "CARRY": not step_plan.first,
+        }
+        documents = isinstance(step_plan, DocumentsStep)
+        choices = self._choices(q, documents)
+        config = choices.hopper
+        if config is None or not hopper.addresses(q, k, v, out, documents):
+            sources = {"q": q, "k": k, "v": v}
+            self._launch(_fwd_kernel, "forward", attention, step_plan, sources, **outputs)
+            return
+        side = Side(False, config.block_m)
+        outputs |= work(attention, step_plan, q, k, side, choices.sides)
+        outputs |= hopper.forward_arguments(config, q, k, v, documents, one_entry(step_plan, side))
+        with _on(q.device):
+            hopper.launch_forward(config, outputs)
 
     def prepare_backward(
         self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
@@ -90,29 +112,41 @@ class TritonBackend:
         dlse = None if dlse is None else dlse.contiguous()
         batch, length, heads, head_dim = out.shape
         delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
-        constants = {"HEAD_DIM": head_dim, "BLOCK_M": DELTA_ROWS}
-        constants |= {"BLOCK_D": configs.block_d(head_dim), "HAS_DLSE": dlse is not None}
-        strides = _strides(out), _strides(dout)
-        launch: Any = _delta_kernel[(-(-length // DELTA_ROWS) * batch * heads,)]
+        arguments = {
+            "out_ptr": out,
+            "dout_ptr": dout,
+            "dlse_ptr": dlse,
+            "delta_ptr": delta,
+            "out_strides": _strides(out),
+            "dout_strides": _strides(dout),
+            "length": length,
+            "heads": heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_M": DELTA_ROWS,
+            "BLOCK_D": configs.block_d(head_dim),
+            "HAS_DLSE": dlse is not None,
+        }
         with _on(out.device):
-            launch(out, dout, dlse, delta, *strides, length, heads, **constants)
+            launch(_delta_kernel, (-(-length // DELTA_ROWS) * batch * heads, 1, 1), arguments)
         return Saved(dout, out, _unit_stride(lse), dlse, delta)
 
     def backward(
         self,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         saved: Saved,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        dq: Tensor,
+        dq: Tensor | None,
         dkv_target: Callable[[], GradTarget],
+        result: Tensor | None = None,
     ) -> None:
         """As Backend.backward: dq, then dkv_target(), then dk and dv. No blocks: no call."""
-        if not step_plan.blocks:
+        if not step_plan.sees:
             return
         assert saved.delta is not None, "saved comes from another backend's prepare_backward"
+        dq, result = _targets(dq, result)
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
         statistics = {
             "lse_ptr": saved.lse,
@@ -130,6 +164,7 @@ class TritonBackend:
             sources,
             **statistics,
             dq_ptr=dq,
+            result_ptr=result,
             dq_strides=_strides(dq),
             ADD=not step_plan.first,
         )
@@ -153,7 +188,7 @@ class TritonBackend:
         kernel: Any,
         pass_: str,
         attention: Attention,
-        step_plan: StepPlan,
+        step_plan: Step,
         sources: dict[str, Tensor],
         **arguments: Any,
     ) -> None:
@@ -163,93 +198,113 @@ class TritonBackend:
             sources: what it reads tile by tile: q, k, v, backward also dout.
             arguments: what only this kernel takes.
         """
-        if not step_plan.blocks:
+        if not step_plan.sees:
             return
         q, k = sources["q"], sources["k"]
-        batch, q_len, heads, head_dim = q.shape
-        k_len, key_heads = k.shape[1:3]
-        group = heads // key_heads
-        config = self._lookup(_arch(q.device), head_dim, _dtype_name(q), pass_).config
+        documents = isinstance(step_plan, DocumentsStep)
+        choices = self._choices(q, documents)
+        config = choices.configs[pass_]
+        arguments |= work(attention, step_plan, q, k, _side(pass_, config), choices.sides)
         if pass_ == "dkv":
-            # A key head's program reads q and dout of its group, again for every tile of keys.
-            tiles, entries = device_tables(key_tables, step_plan.blocks, config.block_n, q.device)
-            heads, sharing, rows_read = key_heads, 1, 2 * group * q_len
             arguments["COPIES"] = config.copies
-        else:
-            # The group's programs share k and v.
-            tiles, entries = device_tables(query_tables, step_plan.blocks, config.block_m, q.device)
-            sharing, rows_read = group, 2 * k_len
-        in_l2 = max(1, L2_BYTES // (rows_read * head_dim * q.element_size()))
+        arguments |= _source_arguments(config, sources)
+        arguments |= {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": configs.block_d(q.shape[3]),
+            "DOCUMENTS": documents,
+        }
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        programs = arguments["n_tiles"] * arguments["n_heads"]
         with _on(q.device):
-            kernel[(len(tiles) * batch * heads,)](
-                **_source_arguments(config, sources),
-                **arguments,
-                tiles_ptr=tiles,
-                entries_ptr=entries,
-                n_tiles=len(tiles),
-                n_heads=batch * heads,
-                heads_in_flight=min(batch * heads, sharing * in_l2),
-                heads=heads,
-                group=group,
-                softmax_scale=attention.softmax_scale,
-                HEAD_DIM=head_dim,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_D=configs.block_d(head_dim),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+            launch(kernel, (programs, 1, 1), arguments, **options)
+
+    def _choices(self, q: Tensor, documents: bool) -> "_Choices":
+        case = self._lookup, self._hopper_forward, q.device, q.dtype, q.shape[3], documents
+        return _choices(*case)
 
 
-@lru_cache(maxsize=512)
-def device_tables(
-    build: Callable[[tuple[Block, ...], int], Tables],
-    blocks: tuple[Block, ...],
-    tile_rows: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Build tables with `build` (query_tables or key_tables) and upload them, once a plan.
+class _Choices(NamedTuple):
+    """How the passes of a call run.
 
-    Returns tiles [n_tiles, 4] and entries [n, 4], int32.
-    The copy blocks, so the tables may be read on every stream. A table that 511 younger ones have
-    pushed out of the cache is freed; the kernels that read it are long done.
+    Attributes:
+        configs: of the portable kernels, by pass.
+        hopper: of the Hopper forward; None: the portable one runs.
+        sides: what the passes cut into tiles.
     """
-    tables = build(blocks, tile_rows)
-    tiles, entries = (torch.tensor(x, dtype=torch.int32) for x in (tables.tiles, tables.entries))
-    return tiles.to(device), entries.to(device)
+
+    configs: dict[str, configs.LaunchConfig]
+    hopper: ForwardConfig | None
+    sides: tuple[Side, ...]
+
+
+@lru_cache(maxsize=256)
+def _choices(
+    lookup: configs.Lookup,
+    hopper_forward: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    documents: bool,
+) -> _Choices:
+    arch, dtype_name = _arch(device), str(dtype).removeprefix("torch.")
+    chosen = {x: lookup(arch, head_dim, dtype_name, x, documents).config for x in configs.PASSES}
+    sides = {x: _side(x, config) for x, config in chosen.items()}
+    config = None
+    if hopper_forward and not hopper.unsupported(arch, dtype, head_dim):
+        config = forward_config(head_dim)
+    if config is not None:
+        sides["forward"] = Side(False, config.block_m)
+    return _Choices(chosen, config, tuple(dict.fromkeys(sides.values())))
+
+
+def _targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a state and a result of the same strides; they are one where there is but one."""
+    state, result = result if state is None else state, state if result is None else result
+    assert state is not None and result is not None, "without a state there must be a result"
+    assert state.stride() == result.stride(), "state and result share one set of strides"
+    return state, result
+
+
+def _side(pass_: str, config: configs.LaunchConfig) -> Side:
+    """Return what a pass cuts into tiles."""
+    return Side(True, config.block_n) if pass_ == "dkv" else Side(False, config.block_m)
 
 
 def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Tensor]) -> dict[str, Any]:
     """Return the arguments for tensors that are read: all by descriptor or all by pointer."""
     sources = {name: _unit_stride(x) for name, x in sources.items()}
-    tma = config.tma and all(_fits_descriptor(x) for x in sources.values())
-    arguments: dict[str, Any] = {"TMA": tma}
+    described = _descriptors(config, sources) if config.tma else None
+    arguments: dict[str, Any] = {"TMA": described is not None}
     for name, x in sources.items():
-        rows = config.block_n if name in ("k", "v") else config.block_m
-        arguments[name] = _descriptor(x, rows) if tma else x
+        arguments[name] = x if described is None else described[name]
         # A descriptor holds the strides itself; constant ones keep the kernel from recompiling.
-        arguments[f"{name}_strides"] = (0, 0, 0) if tma else _strides(x)
+        arguments[f"{name}_strides"] = _strides(x) if described is None else (0, 0, 0)
     return arguments
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def _descriptors(
+    config: configs.LaunchConfig, sources: dict[str, Tensor]
+) -> dict[str, TensorDescriptor] | None:
+    """Return a descriptor of each tensor, None if the TMA cannot address one of them."""
+    described = {}
+    for name, x in sources.items():
+        rows = config.block_n if name in ("k", "v") else config.block_m
+        described[name] = descriptor = _descriptor(x, rows)
+        if descriptor is None:
+            return None
+    return described
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     """Describe x [B, L, H, D] to the TMA as [B, H, L, D] with box [1, 1, rows, block_d(D)].
 
-    Four dimensions, so that rows past L are out of bounds and not the next batch's, and columns
-    past D not the next head's. The leading ones fold away: the load is one tile.
+    The leading ones fold away: the load is one tile. None if the TMA cannot address x.
     """
-    x = x.transpose(1, 2)
-    aligned = 16 // x.element_size()
-    strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in range(3)]
-    box = [1, 1, rows, configs.block_d(x.shape[3])]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box)
-
-
-def _fits_descriptor(x: Tensor) -> bool:
-    """Whether the TMA can address x: base and strides multiples of 16 bytes, no broadcast."""
-    size = x.element_size()
-    strides = [x.stride(i) * size for i in range(3) if x.shape[i] > 1]
-    return x.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 1 << 40 for s in strides)
+    shape_and_strides = tma_shape(x)
+    if shape_and_strides is None:
+        return None
+    return TensorDescriptor(x, *shape_and_strides, [1, 1, rows, configs.block_d(x.shape[3])])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backends import select_backend
 from .agree import agreement
+from .attention import Attention
 from .function import Call, RingAttention, run_backward, run_forward
 from .plan import RingPlan, plan_local, plan_ring
 from .validate import (
@@ -92,12 +93,19 @@ def ring_call(
     runs = select_backend(backend, attention, q, k, v)
     plan = plan_ring(attention, q_layout, k_layout, dist.get_rank(group))
     if same is not None:
-        same["q shape"] = str(list(q.shape))
-        same["k and v shape"] = str(list(k.shape))
-        same["dtype"] = str(q.dtype)
-        same["layout"] = layout
-        same["mask and scale"] = str(attention)
+        note_call(same, attention, q, k, layout)
     return Call(attention, plan, runs, group)
+
+
+def note_call(
+    same: dict[str, str], attention: Attention, q: Tensor, k: Tensor, layout: str
+) -> None:
+    """Put what every rank must do alike into `same`, in words."""
+    same["q shape"] = str(list(q.shape))
+    same["k and v shape"] = str(list(k.shape))
+    same["dtype"] = str(q.dtype)
+    same["layout"] = layout
+    same["mask and scale"] = str(attention)
 
 
 def local_forward(

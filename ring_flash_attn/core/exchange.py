@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends.base import GradTarget
 from ..utils import RingComm, ShiftComm
+from .packed import DocumentsPlan
 from .plan import RingPlan
 
 
@@ -52,7 +53,7 @@ class RingExchange:
     def __init__(
         self,
         group: dist.ProcessGroup | None,
-        plan: RingPlan,
+        plan: RingPlan | DocumentsPlan,
         k: Tensor,
         v: Tensor,
         state: torch.dtype,

@@ -27,7 +27,7 @@ _ROWS = {
     ),
     "stripe": "rank r holds positions r, r + P, r + 2 P, ... of the global sequence",
 }
-_COMPUTED = {
+COMPUTED = {
     "native": (
         "flash-attn 3 or 2 where installed, else torch's own flash attention; on CPU tensors that "
         "it refuses, dense torch"
@@ -336,11 +336,15 @@ def _unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _named(
     form: Callable, name: str, module: str, layout: str, backend: str, doc: str, **words: str
 ):
+    return name_form(
+        form, name, module, doc, rows=_ROWS[layout], computed=COMPUTED[backend], **words
+    )
+
+
+def name_form(form: Callable, name: str, module: str, doc: str, **words: str):
     """Give a form its public name, so that help(), inspect.signature and pickle find it."""
     stem = name.removesuffix("_forward").removesuffix("_backward")
     form.__name__ = form.__qualname__ = name
     form.__module__ = module
-    form.__doc__ = doc.format(
-        rows=_ROWS[layout], computed=_COMPUTED[backend], name=name, func=f"{stem}_func", **words
-    )
+    form.__doc__ = doc.format(name=name, func=f"{stem}_func", **words)
     return form

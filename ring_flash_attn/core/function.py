@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..backends.base import Backend, state_dtype
 from .attention import Attention
 from .exchange import RingExchange
+from .packed import DocumentsPlan
 from .plan import RingPlan
 from .ring import ring_backward, ring_forward
 
@@ -26,7 +27,7 @@ class Call:
     """
 
     attention: Attention
-    plan: RingPlan
+    plan: RingPlan | DocumentsPlan
     backend: Backend
     group: dist.ProcessGroup | None = None
 
@@ -36,7 +37,7 @@ def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
     exchange = RingExchange(call.group, call.plan, k, v, state_dtype(q.dtype))
     out, lse = ring_forward(call.attention, call.plan, call.backend, exchange, q)
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def run_backward(
     exchange = RingExchange(call.group, call.plan, k, v, state_dtype(q.dtype))
     saved = call.backend.prepare_backward(dout, out, lse, dlse)
     dq, dk, dv = ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 class RingAttention(torch.autograd.Function):

@@ -56,6 +56,8 @@ class StepPlan(NamedTuple):
         source: the rank whose K, V this step reads.
         blocks: disjoint blocks that together are the step's mask; empty if it sees nothing.
         q_len, k_len: local rows of this rank and of the source.
+        finished: query rows that this step touches and no later one does. Set by plan_ring and
+            plan_local, which know all steps.
     """
 
     step: int
@@ -63,15 +65,25 @@ class StepPlan(NamedTuple):
     blocks: tuple[Block, ...]
     q_len: int
     k_len: int
+    finished: tuple[Interval, ...] = ()
 
     @property
     def first(self) -> bool:
         """Whether the state holds nothing yet: results are stored, not folded in."""
         return self.step == 0
 
+    @property
+    def sees(self) -> bool:
+        """Whether some query of this rank sees some key of the source."""
+        return bool(self.blocks)
+
     def unseen_q(self) -> tuple[Interval, ...]:
         """Return the query row ranges that no block touches."""
-        return _complement([(b.q_begin, b.q_end) for b in self.blocks], self.q_len)
+        return _complement(self.q_intervals(), self.q_len)
+
+    def q_intervals(self) -> list[Interval]:
+        """Return the query row range of each block."""
+        return [(b.q_begin, b.q_end) for b in self.blocks]
 
     def unseen_k(self) -> tuple[Interval, ...]:
         """Return the key row ranges that no block touches."""
@@ -89,13 +101,38 @@ class RingPlan(NamedTuple):
     world_size: int
     steps: tuple[StepPlan, ...]
 
+    @property
+    def may_miss_rows(self) -> bool:
+        """Whether there can be rows that neither a step nor `unseen_q` names: never here."""
+        return False
+
+    def unseen_q(self) -> tuple[Interval, ...]:
+        """Return the query row ranges that no step touches."""
+        intervals = [interval for step in self.steps for interval in step.q_intervals()]
+        return _complement(intervals, self.steps[0].q_len)
+
 
 @lru_cache(maxsize=512)
 def plan_ring(attention: Attention, q_layout: Layout, k_layout: Layout, rank: int) -> RingPlan:
     """Plan a whole ring for one rank, ending after the last hop that any rank needs."""
     size = q_layout.world_size
-    steps = tuple(plan_step(attention, q_layout, k_layout, rank, step) for step in range(size))
-    return RingPlan(rank, size, steps[: _step_count(attention, q_layout, k_layout)])
+    count = _step_count(attention, q_layout, k_layout)
+    steps = [plan_step(attention, q_layout, k_layout, rank, step) for step in range(count)]
+    return RingPlan(rank, size, mark_finished(steps))
+
+
+def mark_finished(steps: list[StepPlan]) -> tuple[StepPlan, ...]:
+    """Return the steps with `finished` set, given all of them in order."""
+    marked: list[StepPlan] = []
+    later: list[Interval] = []
+    for step in reversed(steps):
+        length, intervals = step.q_len, step.q_intervals()
+        untouched_later = _complement(later, length)
+        touched_later, untouched = _complement(list(untouched_later), length), step.unseen_q()
+        finished = _complement([*touched_later, *untouched], length)
+        marked.append(step._replace(finished=finished))
+        later += intervals
+    return tuple(reversed(marked))
 
 
 @lru_cache(maxsize=512)
@@ -126,7 +163,8 @@ def plan_step(
 def plan_local(attention: Attention, q_len: int, k_len: int) -> StepPlan:
     """Plan one device without a ring; q_len != k_len aligns the last rows, as flash-attn does."""
     block = block_between(attention, Run(0, q_len, k_len - q_len, 1), Run(0, k_len, 0, 1))
-    return StepPlan(0, 0, () if block is None else (block,), q_len, k_len)
+    step = StepPlan(0, 0, () if block is None else (block,), q_len, k_len)
+    return mark_finished([step])[0]
 
 
 def block_between(attention: Attention, q: Run, k: Run) -> Block | None:

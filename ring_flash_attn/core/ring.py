@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend, GradTarget, Saved, state_dtype
+from ..backends.base import Backend, GradTarget, Saved, Step, state_dtype
 from .attention import Attention
 from .exchange import Exchange
-from .plan import RingPlan, StepPlan
+from .packed import DocumentsPlan
+from .plan import RingPlan
 
 
 def ring_forward(
     attention: Attention,
-    plan: RingPlan,
+    plan: RingPlan | DocumentsPlan,
     backend: Backend,
     exchange: Exchange,
     q: Tensor,
@@ -22,27 +23,27 @@ def ring_forward(
         q: [B, L, H, D], read.
 
     Returns:
-        out [B, L, H, D] and lse [B, H, L] (natural log) in the state's dtype. A row that sees no
-        key anywhere has out 0 and lse -inf.
+        out [B, L, H, D] in q's dtype and lse [B, H, L] (natural log) in the state's dtype. A row
+        that sees no key anywhere has out 0 and lse -inf.
     """
     batch, length, heads, _ = q.shape
-    state = state_dtype(q.dtype)
-    out = torch.empty(q.shape, dtype=state, device=q.device)
-    lse = torch.empty((batch, heads, length), dtype=state, device=q.device)
+    lse = torch.empty((batch, heads, length), dtype=state_dtype(q.dtype), device=q.device)
+    if plan.may_miss_rows:
+        lse.fill_(torch.nan)
     for begin, end in plan.steps[0].unseen_q():
-        out[:, begin:end] = 0
         lse[:, :, begin:end] = -torch.inf
+    out, result = _state_and_result(plan, q)
     for step in plan.steps:
         k, v = exchange.kv(step.step)
-        if step.blocks:
-            backend.forward(attention, step, q, k, v, out, lse)
+        if step.sees:
+            backend.forward(attention, step, q, k, v, out, lse, result)
         exchange.kv_done(step.step)
-    return out, lse
+    return result, lse
 
 
 def ring_backward(
     attention: Attention,
-    plan: RingPlan,
+    plan: RingPlan | DocumentsPlan,
     backend: Backend,
     exchange: Exchange,
     saved: Saved,
@@ -55,26 +56,54 @@ def ring_backward(
         q: [B, L, H, D], read.
 
     Returns:
-        dq [B, L, H, D], dk, dv [B, L, Hk, D] in the state's dtype.
+        dq [B, L, H, D] in q's dtype; dk, dv [B, L, Hk, D] in the state's dtype.
     """
-    dq = torch.empty(q.shape, dtype=state_dtype(q.dtype), device=q.device)
-    for begin, end in plan.steps[0].unseen_q():
-        dq[:, begin:end] = 0
+    dq, result = _state_and_result(plan, q)
     for step in plan.steps:
         k, v = exchange.kv(step.step)
-        if step.blocks:
+        if step.sees:
             backend.backward(
-                attention, step, saved, q, k, v, dq, lambda step=step: _target(exchange, step)
+                attention,
+                step,
+                saved,
+                q,
+                k,
+                v,
+                dq,
+                lambda step=step: _target(exchange, step),
+                result,
             )
         else:
             _target(exchange, step)
         exchange.kv_done(step.step)
         exchange.dkv_done(step.step)
     dk, dv = exchange.finish()
-    return dq, dk, dv
+    return result, dk, dv
 
 
-def _target(exchange: Exchange, step: StepPlan) -> GradTarget:
+def _state_and_result(plan: RingPlan | DocumentsPlan, q: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return what accumulates from step to step, and what the last step of each row writes.
+
+    They are one tensor if q has the state's dtype; without a second step there is no state. Rows
+    that no step writes, or that a later one is the first to write, are 0.
+    """
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if plan.may_miss_rows:
+        # Such a row must be loud, not whatever the memory held.
+        result.fill_(torch.nan)
+    for begin, end in plan.unseen_q():
+        result[:, begin:end] = 0
+    if len(plan.steps) == 1:
+        return None, result
+    state = result
+    if state_dtype(q.dtype) != q.dtype:
+        state = torch.empty(q.shape, dtype=state_dtype(q.dtype), device=q.device)
+    for begin, end in plan.steps[0].unseen_q():
+        state[:, begin:end] = 0
+    return state, result
+
+
+def _target(exchange: Exchange, step: Step) -> GradTarget:
     """Return the step's target; where it is to be stored, rows that nobody sees are zeroed."""
     target = exchange.dkv_target(step.step)
     if not target.add:

@@ -8,16 +8,20 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from .plan import Block
+from .plan import Block, Interval
 
 
 class Tile(NamedTuple):
-    """Rows [begin, end) of one program, which walks entries [first_entry, end_entry)."""
+    """Rows [begin, end) of one program, which walks entries [first_entry, end_entry).
+
+    `finishes`, 0 or 1: no later step touches these rows.
+    """
 
     begin: int
     end: int
     first_entry: int
     end_entry: int
+    finishes: int = 0
 
 
 class Entry(NamedTuple):
@@ -37,28 +41,34 @@ class Tables(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def query_tables(blocks: tuple[Block, ...], tile_rows: int) -> Tables:
-    """Return the tables of forward and dQ: tiles of query rows, entries of key rows."""
+def query_tables(
+    blocks: tuple[Block, ...], tile_rows: int, finished: tuple[Interval, ...] = ()
+) -> Tables:
+    """Return the tables of forward and dQ: tiles of query rows, entries of key rows.
+
+    `finished`: query rows whose tiles finish them.
+    """
     spans = [((b.q_begin, b.q_end), Entry(b.k_begin, b.k_end, b.lo, b.hi)) for b in blocks]
-    return _tables(spans, tile_rows, lambda tile, e: (tile[0] + e.lo, tile[1] + e.hi))
+    return _tables(spans, tile_rows, lambda tile, e: (tile[0] + e.lo, tile[1] + e.hi), finished)
 
 
 @lru_cache(maxsize=512)
 def key_tables(blocks: tuple[Block, ...], tile_rows: int) -> Tables:
     """Return the tables of dKV: tiles of key rows, entries of query rows."""
     spans = [((b.k_begin, b.k_end), Entry(b.q_begin, b.q_end, b.lo, b.hi)) for b in blocks]
-    return _tables(spans, tile_rows, lambda tile, e: (tile[0] - e.hi, tile[1] - e.lo))
+    return _tables(spans, tile_rows, lambda tile, e: (tile[0] - e.hi, tile[1] - e.lo), ())
 
 
-def _tables(spans, tile_rows, reach) -> Tables:
+def _tables(spans, tile_rows, reach, finished) -> Tables:
     """Cut rows where the set of blocks changes, so every row of a tile walks the same list."""
-    edges = sorted({edge for span, _ in spans for edge in span})
+    edges = sorted({edge for span in [*(s for s, _ in spans), *finished] for edge in span})
     entries: list[Entry] = []
     weighted: list[tuple[int, Tile]] = []
     for begin, end in pairwise(edges):
         met = sorted(entry for span, entry in spans if span[0] <= begin and end <= span[1])
         if not met:
             continue
+        finishes = int(any(low <= begin and end <= high for low, high in finished))
         first = len(entries)
         entries += met
         for row in range(begin, end, tile_rows):
@@ -67,7 +77,7 @@ def _tables(spans, tile_rows, reach) -> Tables:
             for entry in met:
                 low, high = reach(rows, entry)
                 work += max(0, min(entry.end, high) - max(entry.begin, low))
-            weighted.append((work, Tile(*rows, first, first + len(met))))
+            weighted.append((work, Tile(*rows, first, first + len(met), finishes)))
     # Longest first: the last tiles to finish are short ones.
     weighted.sort(key=lambda item: -item[0])
     return Tables(tuple(tile for _, tile in weighted), tuple(entries))

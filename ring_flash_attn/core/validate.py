@@ -6,6 +6,7 @@ Every error names the argument, what came and what was expected.
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -153,6 +154,40 @@ def check_layouts(
             f"placed by position, got {k.shape[1]}"
         )
     return Layout(kind, q.shape[1], world_size), Layout(kind, k.shape[1], world_size)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    """Raise unless cu_seqlens is [N + 1] int32 on q's device. Its numbers stay unread."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a tensor [N + 1], got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"{name} must be [N + 1], N >= 1 documents, got {_shape(cu_seqlens)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {cu_seqlens.device}")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {cu_seqlens.stride(0)}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise unless value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_slice(name: str, rows: slice, length: int) -> None:
+    """Raise unless rows is slice(start, stop) of at least one row within `length`."""
+    if not isinstance(rows, slice):
+        raise TypeError(f"{name} must be a slice, got {type(rows).__name__}")
+    ends = rows.start, rows.stop
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in ends)
+    if rows.step not in (None, 1) or not whole:
+        raise TypeError(f"{name} must be slice(start, stop) of two ints, got {rows}")
+    if not 0 <= rows.start < rows.stop <= length:
+        raise ValueError(f"{name} must lie within the {length} gathered rows, got {rows}")
 
 
 def check_backward(dout: Tensor, q: Tensor, out: Tensor, softmax_lse: Tensor) -> None:

@@ -52,8 +52,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-# (arch, head_dim, dtype, pass) -> Choice, as launch_config.
-Lookup = Callable[[int, int, str, str], Choice]
+# (arch, head_dim, dtype, pass, documents) -> Choice, as launch_config.
+Lookup = Callable[[int, int, str, str, bool], Choice]
 
 _ROWS = {
     (90, 16, "bfloat16", "forward"): LaunchConfig(128, 128, 8, 2, tma=True),
@@ -66,7 +66,7 @@ _ROWS = {
     (90, 64, "bfloat16", "dq"): LaunchConfig(128, 64, 4, 3, tma=True),
     (90, 64, "bfloat16", "dkv"): LaunchConfig(64, 64, 4, 3, tma=True),
     (90, 128, "bfloat16", "forward"): LaunchConfig(
-        128, 128, 8, 3, tma=True, tflops=472, gpu="H100", date="2026-11-22"
+        64, 64, 4, 3, tma=True, tflops=534, gpu="H200", date="2026-11-22"
     ),
     (90, 128, "bfloat16", "dq"): LaunchConfig(
         128, 64, 8, 3, tma=True, tflops=551, gpu="H100", date="2026-11-22"
@@ -77,7 +77,7 @@ _ROWS = {
     (90, 256, "bfloat16", "forward"): LaunchConfig(128, 64, 8, 2, tma=True),
     (90, 256, "bfloat16", "dq"): LaunchConfig(64, 64, 8, 2, tma=True),
     (90, 256, "bfloat16", "dkv"): LaunchConfig(32, 64, 8, 2, tma=True),
-    # sm_100, only where sm_90's row wants more than its 227 KiB: tcgen05 operands take 4 KiB more.
+    # sm_100, only where sm_90's row suits wgmma: tcgen05 wants 128 rows of queries.
     (100, 128, "bfloat16", "forward"): LaunchConfig(128, 64, 8, 3, tma=True),
     (80, 16, "bfloat16", "forward"): LaunchConfig(128, 64, 8, 3),
     (80, 16, "bfloat16", "dq"): LaunchConfig(128, 64, 8, 3),
@@ -89,7 +89,7 @@ _ROWS = {
     (80, 64, "bfloat16", "dq"): LaunchConfig(128, 64, 8, 3),
     (80, 64, "bfloat16", "dkv"): LaunchConfig(32, 128, 8, 3),
     (80, 128, "bfloat16", "forward"): LaunchConfig(128, 64, 8, 3),
-    (80, 128, "bfloat16", "dq"): LaunchConfig(128, 64, 8, 2),
+    (80, 128, "bfloat16", "dq"): LaunchConfig(128, 32, 8, 3),
     (80, 128, "bfloat16", "dkv"): LaunchConfig(64, 64, 8, 2),
     (80, 256, "bfloat16", "forward"): LaunchConfig(64, 32, 8, 2),
     (80, 256, "bfloat16", "dq"): LaunchConfig(64, 32, 8, 2),
@@ -114,6 +114,16 @@ _ROWS = {
     (80, 256, "float32", "dkv"): LaunchConfig(16, 16, 8, 1, spills=1228),
 }
 
+# Packed documents: the tile at a document's end passes through registers, and the rows above would
+# spill there.
+_DOCUMENT_ROWS = {
+    (90, 64, "bfloat16", "forward"): LaunchConfig(128, 32, 4, 3, tma=True),
+    (90, 64, "bfloat16", "dq"): LaunchConfig(128, 64, 8, 3, tma=True),
+    (90, 256, "bfloat16", "forward"): LaunchConfig(128, 32, 8, 2, tma=True),
+    (90, 256, "bfloat16", "dq"): LaunchConfig(64, 64, 8, 1, tma=True),
+    (90, 256, "bfloat16", "dkv"): LaunchConfig(16, 64, 8, 2),
+}
+
 # Small and unequal, so that short test sequences have several tiles of every kind.
 _INTERPRETED = {
     "forward": LaunchConfig(32, 16, 4, 1),
@@ -122,7 +132,9 @@ _INTERPRETED = {
 }
 
 
-def launch_config(arch: int, head_dim: int, dtype: str, pass_: str) -> Choice:
+def launch_config(
+    arch: int, head_dim: int, dtype: str, pass_: str, documents: bool = False
+) -> Choice:
     """Choose the row for a pass on an arch, and say why if it was made for another.
 
     Args:
@@ -130,6 +142,7 @@ def launch_config(arch: int, head_dim: int, dtype: str, pass_: str) -> Choice:
         head_dim: 1 to 256; rows are made for powers of two from 16 on.
         dtype: one of DTYPES. float16 takes bfloat16's rows: same size, same instructions.
         pass_: one of PASSES.
+        documents: for packed documents.
 
     Raises:
         ValueError: there is no row for this.
@@ -139,7 +152,8 @@ def launch_config(arch: int, head_dim: int, dtype: str, pass_: str) -> Choice:
     row_dim = block_d(head_dim)
     row_dtype = "bfloat16" if dtype == "float16" else dtype
     for row_arch in _row_archs(arch):
-        config = _ROWS.get((row_arch, row_dim, row_dtype, pass_))
+        key = row_arch, row_dim, row_dtype, pass_
+        config = (_DOCUMENT_ROWS.get(key) if documents else None) or _ROWS.get(key)
         if config is not None:
             return Choice(config, row_arch, _reason(arch, row_arch, dtype))
     raise ValueError(f"no launch configuration for sm_{arch}, D {head_dim}, {dtype}, {pass_}")

@@ -9,11 +9,10 @@ from .tile import (
     band_tiles,
     cast,
     dot,
-    load_line,
+    load_entry,
     load_pair,
     load_program,
     load_tile,
-    row_pointers,
     store_rows,
     tile_start,
 )
@@ -66,6 +65,7 @@ def _bwd_kernel_dkv(
     COPIES: tl.constexpr,
     TMA: tl.constexpr,
     ADD: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):
     """dv = p^T dout, dk = softmax_scale ds^T q, with p and ds as in _bwd_kernel_dq.
 
@@ -73,8 +73,9 @@ def _bwd_kernel_dkv(
     over the head's `group` query heads; q, k, v, dout and their strides as in load_tile.
     Writes dk, dv [B, Lk, Hk, D] (any float dtype) in the rows of the tiles: stored, or with ADD
     added. Nobody else writes them, so the result is the same every time.
+    DOCUMENTS: rows past an entry may be another document's, and never reach a product.
     """
-    row, row_end, entry, end_entry, head = load_program(
+    row, row_end, entry, end_entry, _, head = load_program(
         tiles_ptr, n_tiles, n_heads, heads_in_flight
     )
     batch, key_head = head // heads, head % heads
@@ -88,20 +89,23 @@ def _bwd_kernel_dkv(
     lse_ptr += batch.to(tl.int64) * lse_stride_batch
     delta_ptr += batch.to(tl.int64) * delta_stride_batch
     n_entries = end_entry - entry
-    for i in range(group * n_entries):
-        head = key_head * group + i // n_entries
+    for job in range(group * n_entries):
+        head = key_head * group + job // n_entries
         q_source, dout_source = (q, q_strides, batch, head), (dout, dout_strides, batch, head)
         head_lse_ptr = lse_ptr + head.to(tl.int64) * lse_stride_head
         head_delta_ptr = delta_ptr + head.to(tl.int64) * delta_stride_head
-        begin, end, key_lo, key_hi = load_line(entries_ptr, entry + i % n_entries)
+        begin, end, key_lo, key_hi = load_entry(entries_ptr, entry + job % n_entries)
         # A key row j meets query column i iff -key_hi <= i - j <= -key_lo.
         lo, hi = -key_hi, -key_lo
         first, last, n_left, n_full, n_edge = band_tiles(begin, end, lo, hi, row, row_end, BLOCK_M)
+        # A third kind for the tile at a document's end, as in dQ, spills: 216 bytes at D 128.
         for EDGE in tl.static_range(2):
             for index in range(n_edge if EDGE else n_full):
                 start = tile_start(index, first, n_left, n_full, BLOCK_M, EDGE)
                 offs_m = start + tl.arange(0, BLOCK_M)
-                q_tile = load_tile(q_source, start, last, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, EDGE)
+                q_tile = load_tile(
+                    q_source, start, last, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, EDGE, EDGE and DOCUMENTS
+                )
                 s_t = dot(k_tile, tl.trans(q_tile), None)
                 lse2, delta = load_pair(
                     head_lse_ptr, head_delta_ptr, start, last, BLOCK_M, COPIES, EDGE
@@ -111,15 +115,50 @@ def _bwd_kernel_dkv(
                 if EDGE:
                     p_t = tl.where(band_mask(offs_n, offs_m, lo, hi, last), p_t, 0.0)
                 dout_tile = load_tile(
-                    dout_source, start, last, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, EDGE
+                    dout_source,
+                    start,
+                    last,
+                    HEAD_DIM,
+                    BLOCK_M,
+                    BLOCK_D,
+                    TMA,
+                    EDGE,
+                    EDGE and DOCUMENTS,
                 )
                 dp_t = dot(v_tile, tl.trans(dout_tile), None)
                 dv = dot(cast(p_t, dout_tile.dtype), dout_tile, dv)
                 ds_t = p_t * (dp_t - delta[None, :])
                 dk = dot(cast(ds_t, q_tile.dtype), q_tile, dk)
     stored = offs_n < row_end
-    dk_rows = row_pointers(dk_ptr, dk_strides, batch, key_head, offs_n)
     dk = dk * softmax_scale
-    store_rows(dk, None, dk_rows, stored, 0, HEAD_DIM, BLOCK_N, BLOCK_D, ADD)
-    dv_rows = row_pointers(dv_ptr, dv_strides, batch, key_head, offs_n)
-    store_rows(dv, None, dv_rows, stored, 0, HEAD_DIM, BLOCK_N, BLOCK_D, ADD)
+    dk_target, dv_target = (dk_ptr, dk_ptr, dk_strides), (dv_ptr, dv_ptr, dv_strides)
+    store_rows(
+        dk,
+        None,
+        dk_target,
+        batch,
+        key_head,
+        offs_n,
+        stored,
+        0,
+        0,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+        ADD,
+    )
+    store_rows(
+        dv,
+        None,
+        dv_target,
+        batch,
+        key_head,
+        offs_n,
+        stored,
+        0,
+        0,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+        ADD,
+    )

@@ -9,11 +9,11 @@ from .tile import (
     band_tiles,
     cast,
     dot,
-    load_line,
+    load_entry,
     load_program,
     load_tile,
-    row_pointers,
     store_rows,
+    tail_tiles,
     tile_start,
 )
 
@@ -43,6 +43,7 @@ def _bwd_kernel_dq(
     lse_ptr,
     delta_ptr,
     dq_ptr,
+    result_ptr,
     lse_stride_batch,
     lse_stride_head,
     delta_stride_batch,
@@ -62,14 +63,17 @@ def _bwd_kernel_dq(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
     ADD: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):
     """dq = softmax_scale ds k, ds = p (dout v^T - delta), p = exp(softmax_scale q k^T - lse).
 
     Grid: n_tiles * B * H, one program a tile of query rows and query head (see load_program); q, k,
     v, dout and their strides as in load_tile; query head h reads key head h // group.
     Writes dq [B, L, H, D] (any float dtype) in the rows of the tiles: stored, or with ADD added.
+    Tiles that finish their rows write result instead of dq, of the same strides.
+    DOCUMENTS: rows past an entry may be another document's, and never reach a product.
     """
-    row, row_end, entry, end_entry, head = load_program(
+    row, row_end, entry, end_entry, finishes, head = load_program(
         tiles_ptr, n_tiles, n_heads, heads_in_flight
     )
     batch, head = head // heads, head % heads
@@ -87,21 +91,43 @@ def _bwd_kernel_dq(
     dout_tile = load_tile(dout_source, row, row_end, HEAD_DIM, BLOCK_M, BLOCK_D, TMA, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for e in range(entry, end_entry):
-        begin, end, lo, hi = load_line(entries_ptr, e)
+        begin, end, lo, hi = load_entry(entries_ptr, e)
         first, last, n_left, n_full, n_edge = band_tiles(begin, end, lo, hi, row, row_end, BLOCK_N)
-        for EDGE in tl.static_range(2):
-            for index in range(n_edge if EDGE else n_full):
-                start = tile_start(index, first, n_left, n_full, BLOCK_N, EDGE)
-                k_tile = load_tile(k_source, start, last, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, EDGE)
+        n_tail = tail_tiles(first, last, end, n_edge, BLOCK_N) if DOCUMENTS else 0
+        n_edge -= n_tail
+        # Tiles without a mask, with one, and the one that reaches into another document.
+        for KIND in tl.static_range(3 if DOCUMENTS else 2):
+            for i in range(n_full if KIND == 0 else (n_edge if KIND == 1 else n_tail)):
+                index = i + n_edge if KIND == 2 else i
+                start = tile_start(index, first, n_left, n_full, BLOCK_N, KIND > 0)
+                k_tile = load_tile(
+                    k_source, start, last, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, KIND > 0, KIND == 2
+                )
                 s = dot(q_tile, tl.trans(k_tile), None)
-                v_tile = load_tile(v_source, start, last, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, EDGE)
+                v_tile = load_tile(
+                    v_source, start, last, HEAD_DIM, BLOCK_N, BLOCK_D, TMA, KIND > 0, KIND == 2
+                )
                 dp = dot(dout_tile, tl.trans(v_tile), None)
                 p = tl.math.exp2(s * qk_scale - lse2[:, None])
-                if EDGE:
+                if KIND > 0:
                     offs_n = start + tl.arange(0, BLOCK_N)
                     p = tl.where(band_mask(offs_m, offs_n, lo, hi, last), p, 0.0)
                 ds = p * (dp - delta[:, None])
                 dq = dot(cast(ds, k_tile.dtype), k_tile, dq)
     dq = dq * softmax_scale
-    dq_rows = row_pointers(dq_ptr, dq_strides, batch, head, offs_m)
-    store_rows(dq, None, dq_rows, stored, 0, HEAD_DIM, BLOCK_M, BLOCK_D, ADD)
+    target = (dq_ptr, result_ptr, dq_strides)
+    store_rows(
+        dq,
+        None,
+        target,
+        batch,
+        head,
+        offs_m,
+        stored,
+        finishes,
+        0,
+        HEAD_DIM,
+        BLOCK_M,
+        BLOCK_D,
+        ADD,
+    )

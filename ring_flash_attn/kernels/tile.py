@@ -2,7 +2,7 @@
 
 A program owns a tile of rows (queries in the forward and dQ, keys in dKV) and walks the entries of
 its list: ranges of rows of the other side, called columns here. Row r meets column c iff
-lo <= c - r <= hi. Tiles and entries are int32 tables of four numbers a line.
+lo <= c - r <= hi. Tiles and entries are int32 tables of five and of four numbers a line.
 """
 
 import triton
@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_program(tiles_ptr, n_tiles, n_heads, heads_in_flight):
-    """Return (row, row_end, first_entry, end_entry, head) of this program.
+    """Return (row, row_end, first_entry, end_entry, finishes, head) of this program.
 
     Programs run in groups of `heads_in_flight` heads, whose K and V together fit in L2; inside a
     group tile by tile (longest first), heads fastest, so that heads that share K, V meet in L2.
@@ -24,15 +24,17 @@ def load_program(tiles_ptr, n_tiles, n_heads, heads_in_flight):
     first_head = group * heads_in_flight
     heads = tl.minimum(heads_in_flight, n_heads - first_head)
     pid -= group * n_tiles * heads_in_flight
-    row, row_end, first_entry, end_entry = load_line(tiles_ptr, pid // heads)
-    return row, row_end, first_entry, end_entry, first_head + pid % heads
+    line_ptr = tiles_ptr + pid // heads * 5
+    row, row_end = tl.load(line_ptr), tl.load(line_ptr + 1)
+    first_entry, end_entry = tl.load(line_ptr + 2), tl.load(line_ptr + 3)
+    finishes = tl.load(line_ptr + 4)
+    return row, row_end, first_entry, end_entry, finishes, first_head + pid % heads
 
 
 @triton.jit
-def load_line(table_ptr, line):
-    """Return the four numbers of a line: (row, row_end, first_entry, end_entry) of a tile, or
-    (begin, end, lo, hi) of an entry."""
-    line_ptr = table_ptr + line * 4
+def load_entry(entries_ptr, entry):
+    """Return (begin, end, lo, hi) of an entry."""
+    line_ptr = entries_ptr + entry * 4
     return tl.load(line_ptr), tl.load(line_ptr + 1), tl.load(line_ptr + 2), tl.load(line_ptr + 3)
 
 
@@ -52,6 +54,16 @@ def band_tiles(begin, end, lo, hi, row, row_end, BLOCK: tl.constexpr):
     n_left = tl.minimum((full_first - first + BLOCK - 1) // BLOCK, n_tiles)
     n_full = tl.maximum(tl.maximum(full_last - first, 0) // BLOCK - n_left, 0)
     return first, last, n_left, n_full, n_tiles - n_full
+
+
+@triton.jit
+def tail_tiles(first, last, end, n_edge, BLOCK: tl.constexpr):
+    """Return 1 if the last tile reaches past `end`, where its entry's rows end, else 0.
+
+    Such a tile is an edge tile, the last of them: all that follows is no column of this entry.
+    """
+    n_tiles = (tl.maximum(last - first, 0) + BLOCK - 1) // BLOCK
+    return tl.where((n_edge > 0) & (first + n_tiles * BLOCK > end), 1, 0)
 
 
 @triton.jit
@@ -93,17 +105,22 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
     BOUND: tl.constexpr,
+    CUT: tl.constexpr = False,
 ):
     """Return x[batch, row : row + BLOCK, head, :] as [BLOCK, BLOCK_D], zero from HEAD_DIM on.
 
     `source` is (x, strides, batch, head). TMA: x is a descriptor of [B, H, L, D] with box [1, 1,
-    BLOCK, BLOCK_D]; rows from L on are zero, and nothing of the next batch is read. Else x is a
+    BLOCK, BLOCK_D]; rows from L on are zero, and nothing of the next batch is read; with CUT those
+    from row_end on are zero too, which may be another document's and hold anything. Else x is a
     pointer with strides (batch, head, row), and rows from row_end on are zero; without BOUND there
     are none.
     """
     x, strides, batch, head = source
     if TMA:
         tile = x.load([batch, head, row, 0]).reshape([BLOCK, BLOCK_D])
+        if CUT:
+            inside = tl.arange(0, BLOCK) < row_end - row
+            tile = tl.where(inside[:, None], tile, tl.zeros([BLOCK, BLOCK_D], tile.dtype))
     else:
         offs = tl.arange(0, BLOCK)
         offs_d = tl.arange(0, BLOCK_D)
@@ -192,8 +209,12 @@ def cast(x, dtype: tl.constexpr):
 def store_rows(
     x,
     old_weight,
-    row_ptrs,
+    target,
+    batch,
+    head,
+    offs_row,
     stored,
+    finishes,
     COLUMN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -202,28 +223,63 @@ def store_rows(
 ):
     """Store float32 x [BLOCK, BLOCK_D] from column COLUMN on, in the rows where `stored` [BLOCK].
 
-    ADD: adds what is there times old_weight [BLOCK] (times 1 if None), in pieces of 64 columns that
-    are cut in registers. In one piece the old rows beside x spill: forward, ptxas for sm_90, 16
-    bytes at D 128 and 1400 at D 256; in pieces none.
+    `target` is (state, result, strides): both [B, L, H, D] with the strides of row_pointers. What
+    is stored goes to result if `finishes`, else to state.
+    ADD: adds what is in state times old_weight [BLOCK] (times 1 if None), in pieces of 64 columns
+    that are cut in registers. In one piece the old rows beside x spill: forward, ptxas for sm_90,
+    16 bytes at D 128 and 1400 at D 256; in pieces none.
     """
     if COLUMN < HEAD_DIM:
         if ADD and BLOCK_D > 64:
             HALF: tl.constexpr = BLOCK_D // 2
             left, right = x.reshape([BLOCK, 2, HALF]).permute(0, 2, 1).split()
-            store_rows(left, old_weight, row_ptrs, stored, COLUMN, HEAD_DIM, BLOCK, HALF, ADD)
             store_rows(
-                right, old_weight, row_ptrs, stored, COLUMN + HALF, HEAD_DIM, BLOCK, HALF, ADD
+                left,
+                old_weight,
+                target,
+                batch,
+                head,
+                offs_row,
+                stored,
+                finishes,
+                COLUMN,
+                HEAD_DIM,
+                BLOCK,
+                HALF,
+                ADD,
+            )
+            store_rows(
+                right,
+                old_weight,
+                target,
+                batch,
+                head,
+                offs_row,
+                stored,
+                finishes,
+                COLUMN + HALF,
+                HEAD_DIM,
+                BLOCK,
+                HALF,
+                ADD,
             )
         else:
+            state, result, strides = target
             offs_d = COLUMN + tl.arange(0, BLOCK_D)
-            pointers = row_ptrs[:, None] + offs_d[None, :]
             mask = stored[:, None]
             if COLUMN + BLOCK_D > HEAD_DIM:
                 mask = mask & (offs_d < HEAD_DIM)[None, :]
+            state_ptrs = row_pointers(state, strides, batch, head, offs_row)[:, None]
+            state_ptrs = state_ptrs + offs_d[None, :]
             if ADD:
-                old = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                old = tl.load(state_ptrs, mask=mask, other=0.0).to(tl.float32)
                 if old_weight is None:
                     x += old
                 else:
                     x += old * old_weight[:, None]
-            tl.store(pointers, cast(x, row_ptrs.dtype.element_ty), mask=mask)
+            if finishes != 0:
+                result_ptrs = row_pointers(result, strides, batch, head, offs_row)[:, None]
+                result_ptrs = result_ptrs + offs_d[None, :]
+                tl.store(result_ptrs, cast(x, result.dtype.element_ty), mask=mask)
+            else:
+                tl.store(state_ptrs, cast(x, state.dtype.element_ty), mask=mask)

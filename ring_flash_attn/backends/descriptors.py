@@ -1,0 +1,47 @@
+"""What the tensor memory accelerator (TMA) can address of a tensor."""
+
+from torch import Tensor
+
+
+def tma_shape(x: Tensor) -> tuple[list[int], list[int]] | None:
+    """Return shape and strides of x [B, L, H, D] as the TMA is to see it: [B, H, L, D].
+
+    Four dimensions, so that rows past L are out of bounds and not the next batch's, and columns
+    past D not the next head's.
+
+    Returns:
+        None if the TMA cannot address x: base and strides must be multiples of 16 bytes, and
+        nothing broadcast.
+    """
+    batch, length, heads, head_dim = x.shape
+    at_batch, at_row, at_head, at_column = x.stride()
+    step = 16 // x.element_size()
+    # The stride of a single one is never taken.
+    at_batch = at_batch if batch > 1 else step
+    at_row = at_row if length > 1 else step
+    at_head = at_head if heads > 1 else step
+    if at_column != 1 or x.data_ptr() % 16 or at_batch % step or at_row % step or at_head % step:
+        return None
+    if not (0 < at_batch < 1 << 38 and 0 < at_row < 1 << 38 and 0 < at_head < 1 << 38):
+        return None
+    return [batch, heads, length, head_dim], [at_batch, at_head, at_row, 1]
+
+
+def cut_shape(x: Tensor) -> tuple[list[int], list[int]] | None:
+    """Return shape and strides, [., ., rows, H, D], that let a load of x [1, L, H, D] end anywhere.
+
+    Coordinates (2**30, end, 2**30 - end + row, head, 0) address `row`, and rows from `end` on are
+    out of bounds, so they arrive as zeros: the third dimension ends at 2**30, and the 2**30 steps
+    of the first add up to minus as many rows, 2**64 bytes left out, where addresses wrap. (The
+    ragged descriptors of Triton's triton_kernels do the same.)
+
+    Returns:
+        None where tma_shape does, and for more than one batch.
+    """
+    plain = tma_shape(x)
+    if plain is None or x.shape[0] > 1:
+        return None
+    _, at_head, at_row, _ = plain[1]
+    far = 1 << 30
+    rows = 0x7FFF0000
+    return [rows, rows, far, *x.shape[2:]], [2**34 - at_row, at_row, at_row, at_head, 1]

@@ -1,0 +1,130 @@
+"""Launch the Hopper forward: descriptors, work counter, one program a multiprocessor."""
+
+import os
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels.hopper.configs import ForwardConfig, forward_config
+from .descriptors import cut_shape, tma_shape
+from .launch import launch
+
+# Gluon changes between versions. Others run the portable kernels, and do not import these.
+SUPPORTED = triton.__version__.startswith("3.6.")
+if SUPPORTED:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ..kernels.hopper.forward import _hopper_fwd_kernel
+
+_DTYPES = (torch.bfloat16, torch.float16)
+# Until this kernel has passed the tests on a GPU, the portable one runs unless asked otherwise.
+WANTED = os.environ.get("RING_FLASH_ATTN_HOPPER") == "1"
+
+
+def unsupported(arch: int, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Return every reason why it cannot run and the portable forward does; empty if it can.
+
+    Args:
+        arch: compute capability as kernels.configs counts it.
+    """
+    reasons = []
+    if arch != 90:
+        reasons.append(f"it is made for sm_90, this is sm_{arch}")
+    if not SUPPORTED:
+        reasons.append(f"it is made for Triton 3.6, this is {triton.__version__}")
+    if dtype not in _DTYPES:
+        reasons.append(f"it multiplies bfloat16 and float16, not {dtype}")
+    if forward_config(head_dim) is None:
+        reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
+    return reasons
+
+
+def addresses(q: Tensor, k: Tensor, v: Tensor, out: Tensor, documents: bool) -> bool:
+    """Return whether the kernel can address these tensors, which views of others may forbid.
+
+    Args:
+        q: [B, L, H, D]. k, v: [B, Lk, Hk, D].
+        out: [B, L, H, D], the state or the result.
+    """
+    shapes = tma_shape(q), tma_shape(k), cut_shape(v) if documents else tma_shape(v)
+    return None not in shapes and max(out.stride()) < 1 << 31
+
+
+def forward_arguments(
+    config: ForwardConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: bool,
+    one_entry: bool,
+) -> dict[str, Any]:
+    """Return the arguments of _hopper_fwd_kernel that the portable forward does not take alike."""
+    block_d = max(64, 1 << (q.shape[3] - 1).bit_length())
+    k_box = [1, 1, config.block_n, block_d]
+    v_box = [1, 1, config.block_n, 1, block_d] if documents else k_box
+    _, consumer, producer = config.registers
+    return {
+        "q": _describe(q, tma_shape(q), [1, 1, 64, block_d]),
+        "k": _describe(k, tma_shape(k), k_box),
+        "v": _describe(v, cut_shape(v) if documents else tma_shape(v), v_box),
+        "counter_ptr": _counter(q.device),
+        "BLOCK_D": block_d,
+        "BLOCK_N": config.block_n,
+        "DOCUMENTS": documents,
+        "ONE_ENTRY": one_entry,
+        "CONSUMERS": config.consumers,
+        "STAGES": config.stages,
+        "PING_PONG": config.ping_pong,
+        "RESCALE_LATE": config.rescale_late,
+        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": producer,
+    }
+
+
+def launch_forward(config: ForwardConfig, arguments: dict[str, Any]) -> None:
+    """Launch _hopper_fwd_kernel on the current device and stream."""
+    items = arguments["n_tiles"] * arguments["n_heads"]
+    programs = min(items, _multiprocessors(arguments["lse_ptr"].device))
+    launch(
+        _hopper_fwd_kernel,
+        (programs, 1, 1),
+        arguments,
+        num_warps=4,
+        maxnreg=config.registers[0],
+    )
+
+
+def _describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, box: list[int]):
+    assert shape_and_strides is not None, "unsupported() has refused this"
+    return TensorDescriptor(x, *shape_and_strides, box, _layout(x.dtype, tuple(box)))
+
+
+@lru_cache(maxsize=64)
+def _layout(dtype: torch.dtype, box: tuple[int, ...]) -> Any:
+    """Return how a box lies in shared memory."""
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(box), element)
+
+
+def _counter(device: torch.device) -> Tensor:
+    """Return two zeros that only launches on the current stream use, which leave them zero.
+
+    A captured launch gets its own: its graph may be replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _stream_counter(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _stream_counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

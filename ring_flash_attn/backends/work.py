@@ -1,0 +1,93 @@
+"""What every Triton kernel takes for a step: its tables, on the device, and its heads."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.attention import Attention
+from ..core.packed import DocumentsStep
+from ..core.plan import Block, Interval
+from ..core.tables import key_tables, query_tables
+from .base import Step
+from .documents import Side, document_tables, most_entries
+
+# Share of L2 for what the heads in flight read again and again. Gluon prototypes, H100, 2026-11-22:
+# all heads at once lost 9-11 % (forward, 32768 tokens), one at a time 14 % (backward, 8192).
+L2_BYTES = 32 << 20
+
+
+def work(
+    attention: Attention,
+    step_plan: Step,
+    q: Tensor,
+    k: Tensor,
+    side: Side,
+    sides: tuple[Side, ...],
+) -> dict[str, Any]:
+    """Return what every kernel takes: the tables of one side's tiles, and its heads.
+
+    Args:
+        sides: those of all passes of the call.
+    """
+    batch, q_len, heads, head_dim = q.shape
+    k_len, key_heads = k.shape[1:3]
+    group = heads // key_heads
+    if side.keys:
+        # A key head's program reads q and dout of its group, again for every tile of keys.
+        heads, sharing, rows_read = key_heads, 1, 2 * group * q_len
+    else:
+        # The group's programs share k and v.
+        sharing, rows_read = group, 2 * k_len
+    tiles, entries = _tables(step_plan, side, sides, q.device)
+    in_l2 = max(1, L2_BYTES // (rows_read * head_dim * q.element_size()))
+    return {
+        "tiles_ptr": tiles,
+        "entries_ptr": entries,
+        "n_tiles": len(tiles),
+        "n_heads": batch * heads,
+        "heads_in_flight": min(batch * heads, sharing * in_l2),
+        "heads": heads,
+        "group": group,
+        "softmax_scale": attention.softmax_scale,
+        "HEAD_DIM": head_dim,
+    }
+
+
+def _tables(
+    step_plan: Step, side: Side, sides: tuple[Side, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return a step's tiles [n, 5] and entries [m, 4], int32, on the device."""
+    if isinstance(step_plan, DocumentsStep):
+        return document_tables(step_plan, side, sides if side in sides else (*sides, side))
+    finished = () if side.keys else step_plan.finished
+    return _uploaded(step_plan.blocks, finished, side, device)
+
+
+def one_entry(step_plan: Step, side: Side) -> bool:
+    """Return whether no tile of queries of a step meets more than one entry."""
+    if isinstance(step_plan, DocumentsStep):
+        return most_entries(step_plan.plan.steps[step_plan.index], side.keys) <= 1
+    return _most_entries(step_plan.blocks, step_plan.finished, side.tile_rows) <= 1
+
+
+@lru_cache(maxsize=512)
+def _most_entries(blocks: tuple[Block, ...], finished: tuple[Interval, ...], tile_rows: int) -> int:
+    tiles = query_tables(blocks, tile_rows, finished).tiles
+    return max((tile.end_entry - tile.first_entry for tile in tiles), default=0)
+
+
+@lru_cache(maxsize=512)
+def _uploaded(
+    blocks: tuple[Block, ...], finished: tuple[Interval, ...], side: Side, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Build a step's tables on the host and upload them, once a plan.
+
+    The copy blocks, so a table may be read on every stream. One that 511 younger ones have pushed
+    out of the cache is freed; the kernels that read it are long done.
+    """
+    rows = side.tile_rows
+    tables = key_tables(blocks, rows) if side.keys else query_tables(blocks, rows, finished)
+    tiles, entries = (torch.tensor(x, dtype=torch.int32) for x in (tables.tiles, tables.entries))
+    return tiles.to(device), entries.to(device)

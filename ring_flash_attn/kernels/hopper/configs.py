@@ -1,0 +1,61 @@
+"""How to launch the Hopper forward: one checked-in row per width of the kernels' tiles.
+
+test/test_aot.py compiles every row. No GPU has run these rows in this form yet: the Gluon
+prototypes that they come from were measured, see the design document.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One row.
+
+    Attributes:
+        consumers: warpgroups that multiply, 2 or 3, each 64 query rows of a tile.
+        block_n: key rows of a block. stages: blocks of K, and of V, in shared memory.
+        ping_pong: consumers issue their products in turn, so that one multiplies while the others
+            do their softmax.
+        rescale_late: rescale the accumulator after the next scores are issued.
+        spills: bytes that ptxas 12.8 stores and loads for want of registers.
+    """
+
+    consumers: int
+    block_n: int
+    stages: int
+    ping_pong: bool
+    rescale_late: bool = False
+    spills: int = 0
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers a thread: at launch, then of a consumer and of the producer.
+
+        The warpgroups share what they were launched with, so the parts may not exceed it, and the
+        launch may not exceed 65536 in all. FlashAttention-3's split.
+        """
+        return (168, 240, 24) if self.consumers == 2 else (128, 160, 32)
+
+
+# By the width of the tiles, for both 16-bit dtypes: same size, same instructions.
+FORWARD = {
+    64: ForwardConfig(3, 128, 2, ping_pong=True, spills=196),
+    128: ForwardConfig(2, 128, 2, ping_pong=False),
+    256: ForwardConfig(2, 64, 2, ping_pong=False, spills=116),
+}
+
+
+def forward_config(head_dim: int) -> ForwardConfig | None:
+    """Return the row for a head_dim, None if the portable kernel is to take it.
+
+    Widths between two rows are padded in shared memory: D 80 and 96 multiply as 128, 160 and 192
+    as 256. Up to 32 the tiles of 64 columns would be half empty.
+    """
+    if not 32 < head_dim <= 256 or head_dim % 8:
+        return None
+    return FORWARD[max(64, 1 << (head_dim - 1).bit_length())]

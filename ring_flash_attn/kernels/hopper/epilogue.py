@@ -1,0 +1,176 @@
+"""How the Hopper forward ends a tile: normalise, merge with the carried state, store."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.core import _aggregate as aggregate
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _wide(x, stride):
+    """Return x * stride in 64 bits, for 32-bit x and stride >= 0.
+
+    Unsigned: the upper halves of signed ones lie in registers that the loops have none left of.
+    """
+    return x.to(gl.uint32).to(gl.uint64) * stride.to(gl.uint32).to(gl.uint64)
+
+
+@aggregate
+class Outputs:
+    """State and result [B, L, H, D] of the same strides, lse [B, H, L] float32."""
+
+    state_ptr: gl.tensor
+    result_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    stride_batch: gl.tensor
+    stride_head: gl.tensor
+    stride_row: gl.tensor
+    lse_stride_batch: gl.tensor
+    lse_stride_head: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, state_ptr, result_ptr, lse_ptr, strides, lse_stride_batch, lse_stride_head):
+        self.state_ptr = state_ptr
+        self.result_ptr = result_ptr
+        self.lse_ptr = lse_ptr
+        self.stride_batch, self.stride_head, self.stride_row = strides
+        self.lse_stride_batch = lse_stride_batch
+        self.lse_stride_head = lse_stride_head
+
+    @gluon.jit
+    def at(self, batch, head):
+        """Return (state_ptr, result_ptr, lse_ptr) of a head's row 0."""
+        offset = _wide(batch, self.stride_batch) + _wide(head, self.stride_head)
+        lse_offset = _wide(batch, self.lse_stride_batch) + _wide(head, self.lse_stride_head)
+        return self.state_ptr + offset, self.result_ptr + offset, self.lse_ptr + lse_offset
+
+
+@gluon.jit
+def store_tile(
+    acc,
+    m_i,
+    l_i,
+    outputs,
+    batch,
+    head,
+    row,
+    row_end,
+    finishes,
+    HEAD_DIM: gl.constexpr,
+    CARRY: gl.constexpr,
+):
+    """Store out and lse of the rows from `row` on that lie before row_end.
+
+    Args:
+        acc: [rows, BLOCK_D] float32, sum of p v. m_i: [rows] maximum, in base 2. l_i: [rows, 8]
+            parts of the sum of p.
+        finishes: out goes to the result, not to the state.
+        CARRY: merge with what the state and lse hold.
+    """
+    ROWS: gl.constexpr = acc.shape[0]
+    stat_layout: gl.constexpr = m_i.type.layout
+    l_i = gl.convert_layout(gl.sum(l_i, 1), stat_layout)
+    l_safe = gl.where(l_i == 0.0, 1.0, l_i)
+    lse2 = gl.where(l_i == 0.0, float("-inf"), m_i + gl.log2(l_safe))
+    # A row that saw nothing adds 0 even where V is not finite.
+    weight = gl.where(l_i == 0.0, 0.0, 1.0 / l_safe)
+    old_weight = weight
+    state_ptr, result_ptr, lse_ptr = outputs.at(batch, head)
+    offs_m = row + gl.arange(0, ROWS, stat_layout)
+    stored = offs_m < row_end
+    if CARRY:
+        # Here and not as the loop's initial state: an accumulator that is loaded makes ptxas
+        # serialise the wgmmas (C7514).
+        old_lse2 = gl.load(lse_ptr + offs_m, mask=stored, other=float("-inf")) * LOG2_E
+        # Four threads load each row: all must, before one stores it.
+        gl.thread_barrier()
+        top = gl.maximum(old_lse2, lse2)
+        top = gl.where(top == float("-inf"), 0.0, top)
+        old = gl.exp2(old_lse2 - top)
+        new = gl.exp2(lse2 - top)
+        total = old + new
+        total_safe = gl.where(total == 0.0, 1.0, total)
+        lse2 = gl.where(total == 0.0, float("-inf"), top + gl.log2(total_safe))
+        weight *= new / total_safe
+        old_weight = old / total_safe
+    gl.store(lse_ptr + offs_m, lse2 * LN_2, mask=stored)
+    target = (state_ptr, result_ptr, outputs.stride_row, row, row_end, finishes)
+    if CARRY:
+        # In quarters: the old rows beside all of acc would spill.
+        QUARTER: gl.constexpr = acc.shape[1] // 4
+        left, right = _halves(acc)
+        x0, x1 = _halves(left)
+        x2, x3 = _halves(right)
+        _store_columns(x0, weight, old_weight, target, 0, HEAD_DIM, True)
+        _store_columns(x1, weight, old_weight, target, QUARTER, HEAD_DIM, True)
+        _store_columns(x2, weight, old_weight, target, QUARTER * 2, HEAD_DIM, True)
+        _store_columns(x3, weight, old_weight, target, QUARTER * 3, HEAD_DIM, True)
+    else:
+        _store_columns(acc, weight, old_weight, target, 0, HEAD_DIM, False)
+
+
+@gluon.jit
+def _halves(x):
+    """Return the left and the right half of x's columns, cut in registers."""
+    pairs = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
+    return gl.split(pairs)
+
+
+@gluon.jit
+def _store_columns(
+    x,
+    weight,
+    old_weight,
+    target,
+    COLUMN: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    ADD: gl.constexpr,
+):
+    """Store x * weight, with ADD plus state * old_weight, in columns from COLUMN on."""
+    state_ptr, result_ptr, stride, row, row_end, finishes = target
+    layout: gl.constexpr = x.type.layout
+    if COLUMN < HEAD_DIM:
+        keep = gl.convert_layout(weight, gl.SliceLayout(1, layout))[:, None]
+        x = gl.where(keep == 0.0, 0.0, x * keep)
+        if ADD:
+            pointers, mask = _elements(state_ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
+            old = gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+            x += old * gl.convert_layout(old_weight, gl.SliceLayout(1, layout))[:, None]
+        if state_ptr.dtype == result_ptr.dtype:
+            if finishes > 0:
+                state_ptr = result_ptr
+            _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+        else:
+            if finishes > 0:
+                _store(x, result_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+            else:
+                _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+
+
+@gluon.jit
+def _store(x, ptr, stride, row, row_end, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Store x [rows, N] in the element type of ptr; of 16 bits eight in a row a thread."""
+    N: gl.constexpr = x.shape[1]
+    if ptr.dtype.element_ty == gl.float32:
+        pointers, mask = _elements(ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
+        gl.store(pointers, x, mask=mask)
+    else:
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+        rounded = gl.convert_layout(x.to(ptr.dtype.element_ty), wide)
+        pointers, mask = _elements(ptr, stride, row, row_end, rounded, COLUMN, HEAD_DIM)
+        gl.store(pointers, rounded, mask=mask)
+
+
+@gluon.jit
+def _elements(ptr, stride, row, row_end, x, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Return pointers to where x [rows, N] goes, from column COLUMN on, and which exist."""
+    layout: gl.constexpr = x.type.layout
+    # From `row` on, which changes: else the compiler keeps all these offsets through the loops.
+    rows = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
+    columns = COLUMN + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
+    mask = (rows < row_end)[:, None]
+    if COLUMN + x.shape[1] > HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    return ptr + _wide(rows, stride)[:, None] + columns[None, :], mask

@@ -1,0 +1,273 @@
+"""The Hopper forward, executed on the CPU by test/gluon_emulator.py with the library's own tables.
+
+What the emulator cannot know (layouts, registers, the hardware) test_aot.py and a GPU must show: on
+sm_90 with RING_FLASH_ATTN_HOPPER=1 every other test of the Triton backend runs this kernel.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracle
+from gluon_emulator import EmulationError, load_module
+from gluon_memory import TensorDescriptor
+from ring_flash_attn.backends import hopper
+from ring_flash_attn.backends import triton as triton_backend
+from ring_flash_attn.core.attention import Attention
+from ring_flash_attn.core.layout import Layout
+from ring_flash_attn.core.packed import Documents, on_device, plan_packed
+from ring_flash_attn.core.plan import plan_ring
+from ring_flash_attn.kernels.hopper.configs import FORWARD
+from simulated_ring import SCALE, Shape, inputs, mask_id, poisoned, state_and_result, truth, zero
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not hopper.SUPPORTED, reason="made for Triton 3.6"),
+    # Triton's interpreter, which fills the tables of documents.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+
+SOURCE = Path(hopper.__file__).parents[1] / "kernels" / "hopper" / "forward.py"
+PROGRAMS = 3
+CAUSAL, FULL = (True, (-1, -1)), (False, (-1, -1))
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Make a backend's forward run the Hopper kernel in the emulator; take a config to do so."""
+
+    def start(config=None, bugs=None, seed=None):
+        kernel = load_module(SOURCE, bugs, seed=seed)._hopper_fwd_kernel
+        counter = torch.zeros(2, dtype=torch.int32)
+
+        def launch(_, grid, arguments, **options):
+            kernel[grid](**arguments, **options)
+            assert not counter.any(), "the next launch would start in the middle"
+
+        monkeypatch.setattr(hopper, "launch", launch)
+        monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
+        monkeypatch.setattr(hopper, "_counter", lambda device: counter)
+        monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
+
+        monkeypatch.setattr(hopper, "unsupported", lambda *_: [])
+        if config is not None:
+            monkeypatch.setattr(triton_backend, "forward_config", lambda _: config)
+        triton_backend._choices.cache_clear()
+        return triton_backend.TritonBackend(hopper_forward=True)
+
+    yield start
+    triton_backend._choices.cache_clear()
+
+
+def attend(backend, mask, layout, size, given):
+    """Run every step of every rank forward; return the global out and lse."""
+    attention = Attention(SCALE, *mask)
+    shards = [[oracle.shard(x, layout, size, rank) for rank in range(size)] for x in given[:3]]
+    layouts = [Layout(layout, x[0].shape[1], size) for x in shards[:2]]
+    outs, lses = [], []
+    for rank in range(size):
+        q = shards[0][rank]
+        plan = plan_ring(attention, *layouts, rank)
+        out, result = state_and_result(plan, q)
+        lse = poisoned(q[..., 0].transpose(1, 2), torch.float32)
+        zero(lse, plan.steps[0].unseen_q(), 2, -torch.inf)
+        for step in plan.steps:
+            source = shards[1][step.source], shards[2][step.source]
+            backend.forward(attention, step, q, *source, out, lse, result)
+        outs.append(result)
+        lses.append(lse)
+    return oracle.unshard(outs, layout), oracle.unshard(lses, layout, 2)
+
+
+def wrong(out, lse, want, dense):
+    """Return what is beyond the bound of 16-bit results, in words."""
+    found = []
+    for name, got in (("out", out), ("lse", lse)):
+        ours = oracle.errors(got, getattr(want, name))
+        allowed = oracle.errors(getattr(dense, name), getattr(want, name))
+        for measure in ("max_abs", "rmse"):
+            error, bound = getattr(ours, measure), 2 * getattr(allowed, measure) + 1e-5
+            if not error <= bound:
+                found.append(f"{name} {measure} {error} > {bound}")
+    return found
+
+
+def check(backend, mask, layout, size, given):
+    out, lse = attend(backend, mask, layout, size, given)
+    want, seen = truth(mask, given)
+    q, k, v, dout, dlse = given
+    dense = oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE)
+    return wrong(out, lse, want, dense)
+
+
+CASES = [
+    # layout, P, mask, shape, dtype
+    ("contiguous", 1, CAUSAL, Shape(300, 300, 2, 2, 1, 128), torch.bfloat16),
+    ("contiguous", 2, FULL, Shape(140, 300, 1, 3, 3, 256), torch.float16),
+    ("contiguous", 1, (False, (3, 2)), Shape(400, 150, 1, 2, 1, 64), torch.bfloat16),
+    ("contiguous", 2, CAUSAL, Shape(300, 300, 1, 2, 1, 80), torch.bfloat16),
+    ("contiguous", 1, (True, (40, 0)), Shape(520, 520, 1, 1, 1, 192), torch.float16),
+    ("zigzag", 2, CAUSAL, Shape(600, 600, 1, 4, 2, 128), torch.bfloat16),
+    ("zigzag", 2, (True, (200, 0)), Shape(1000, 1000, 1, 1, 1, 64), torch.bfloat16),
+    ("zigzag", 2, (False, (-1, 4)), Shape(520, 520, 1, 2, 1, 40), torch.float16),
+    ("stripe", 3, CAUSAL, Shape(630, 630, 1, 2, 2, 64), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "mask", "shape", "dtype"),
+    CASES,
+    ids=[f"{c[0]}-P{c[1]}-{mask_id(c[2])}-D{c[3].head_dim}" for c in CASES],
+)
+def test_rings_equal_dense(emulated, layout, size, mask, shape, dtype):
+    given = inputs(shape, dtype)
+    broken = check(emulated(), mask, layout, size, given)
+    assert not broken, "\n".join(broken)
+
+
+SMALL = Shape(330, 330, 1, 2, 1, 64)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("ping_pong", [False, True])
+@pytest.mark.parametrize("rescale_late", [False, True])
+@pytest.mark.parametrize("consumers", [2, 3])
+def test_every_option_in_any_order(emulated, consumers, rescale_late, ping_pong, seed):
+    config = replace(
+        FORWARD[64],
+        consumers=consumers,
+        block_n=64,
+        ping_pong=ping_pong,
+        rescale_late=rescale_late,
+    )
+    given = inputs(SMALL, torch.bfloat16)
+    broken = check(emulated(config, seed=seed), CAUSAL, "contiguous", 2, given)
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_any_number_of_stages(emulated, stages):
+    config = replace(FORWARD[64], block_n=64, stages=stages)
+    assert not check(emulated(config), CAUSAL, "contiguous", 1, inputs(SMALL, torch.bfloat16))
+
+
+BUGS = {
+    "no wait for K": ("    _await_full(program.k, slot, count // STAGES)\n", ""),
+    "no wait for V": ("    _await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
+    "no wait for Q": ("        _await_full(program.q, CONSUMER, tile)\n", ""),
+    "V released before its product": (
+        "    s = warpgroup_mma_wait(1, [s])\n",
+        "    s = warpgroup_mma_wait(1, [s])\n    _release(program.v, previous)\n",
+    ),
+    "K never released": ("    _release(program.k, slot)\n", ""),
+    "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
+    "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
+    "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
+    "a turn given and not taken": ("        _wait_turn(FIRST_TURN)  #", "        pass  #"),
+    "no rescaling": ("        acc = _rescale(acc, alpha)\n    return", "        pass\n    return"),
+    "first block counted twice": ("count, 1, band, offs_m", "count, 0, band, offs_m"),
+    "mask a column too wide": ("minimum(offs_m + hi + 1,", "minimum(offs_m + hi + 2,"),
+    "full blocks begin too early": ("(full_first - first + BLOCK - 1)", "(full_first - first)"),
+    "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
+    "old state forgotten": ("        old_weight = old / total_safe\n", ""),
+    "heads of one batch only": ("            head // tables.heads,\n", "            head * 0,\n"),
+    "tiles passed over": ("+ gl.num_programs(0)\n", "+ gl.num_programs(0) * 2\n"),
+    "counter left as it is": ("        gl.store(counter_ptr, 0)\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_are_seen(emulated, name):
+    """One case that everything above has a part in: two steps, a window, two batches, turns."""
+    config = replace(FORWARD[64], consumers=2, block_n=64, ping_pong=True)
+    given = inputs(Shape(612, 612, 2, 2, 1, 64), torch.bfloat16)
+    fragment, instead = BUGS[name]
+    try:
+        broken = check(emulated(config, {fragment: instead}), (True, (150, 0)), "zigzag", 2, given)
+    except (EmulationError, AssertionError) as failure:
+        broken = [str(failure)]
+    assert broken
+
+
+def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
+    config = replace(FORWARD[64], consumers=2, block_n=64, ping_pong=True)
+    given = inputs(Shape(612, 612, 2, 2, 1, 64), torch.bfloat16)
+    assert not check(emulated(config), (True, (150, 0)), "zigzag", 2, given)
+
+
+LENGTHS = (130, 2, 200, 66)
+
+
+def documents(backend, layout, mask, tensors):
+    """Return out, lse of documents of LENGTHS on a ring of one rank, and of the rows after them."""
+    q, k, v = tensors
+    attention = Attention(SCALE, *mask)
+    edges = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+    rows = q.shape[1]
+    plan = on_device(
+        plan_packed(attention, layout, 1, 0), Documents(cu_seqlens, cu_seqlens, rows, rows)
+    )
+    result = poisoned(q, q.dtype)
+    lse = poisoned(q[..., 0].transpose(1, 2), torch.float32)
+    for step in plan.steps:
+        backend.forward(attention, step, q, k, v, None, lse, result)
+    return result, lse, edges
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, (True, (30, 0))], ids=mask_id)
+@pytest.mark.parametrize(("layout", "head_dim"), [("stripe", 128), ("zigzag", 64), ("stripe", 96)])
+def test_documents_equal_dense_and_nan_stays_in_its_own(emulated, layout, head_dim, mask):
+    backend = emulated()
+    rows = sum(LENGTHS) + 9  # nine of no document
+    given = inputs(Shape(rows, rows, 1, 2, 1, head_dim), torch.bfloat16)
+    tensors = given[:3]
+    out, lse, edges = documents(backend, layout, mask, tensors)
+    for begin, end in pairwise(edges):
+        part = given._replace(
+            **{n: getattr(given, n)[:, begin:end] for n in ("q", "k", "v", "dout")}
+        )
+        part = part._replace(dlse=given.dlse[:, :, begin:end])
+        want, seen = truth(mask, part)
+        dense = oracle.dense_in_dtype(*part[:3], seen, part.dout, part.dlse, SCALE)
+        broken = wrong(out[:, begin:end], lse[:, :, begin:end], want, dense)
+        assert not broken, "\n".join(broken)
+    assert (out[:, edges[-1] :] == 0).all() and (lse[:, :, edges[-1] :] == -torch.inf).all()
+
+    begin, end = edges[2:4]
+    spoiled = [x.clone() for x in tensors]
+    for x in spoiled:
+        x[:, begin:end] = torch.nan
+        x[:, edges[-1] :] = torch.nan
+    got, got_lse, _ = documents(backend, layout, mask, spoiled)
+    others = [i for i in range(rows) if not begin <= i < end]
+    assert torch.equal(got[:, others], out[:, others])
+    assert torch.equal(got_lse[:, :, others], lse[:, :, others])
+    assert got[:, begin:end].isnan().all()
+
+
+def test_reasons_against_it():
+    assert hopper.unsupported(90, torch.bfloat16, 128) == []
+    assert "sm_100" in hopper.unsupported(100, torch.bfloat16, 128)[0]
+    assert "float32" in hopper.unsupported(90, torch.float32, 128)[0]
+    for head_dim in (8, 32, 44, 264):
+        assert str(head_dim) in hopper.unsupported(90, torch.float16, head_dim)[0]
+
+
+def test_what_it_can_address():
+    def tensor(batch=1, length=6, heads=4):
+        return torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16)
+
+    q, k = tensor(heads=8), tensor()
+    assert hopper.addresses(q, k, k, q, True) and hopper.addresses(q, k, k, q, False)
+    packed = torch.zeros(1, 6, 3, 4, 64, dtype=torch.bfloat16)
+    assert hopper.addresses(*packed.unbind(2), packed[:, :, 0], True)
+    odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
+    assert not hopper.addresses(odd, k, k, q, False)
+    assert not hopper.addresses(q, k, odd, q, True)
+    assert not hopper.addresses(tensor(2), tensor(2), tensor(2), tensor(2), True)
+    wide = torch.empty(0, dtype=torch.bfloat16).as_strided((2, 0, 4, 64), (1 << 31, 256, 64, 1))
+    assert not hopper.addresses(q, k, k, wide, False)
