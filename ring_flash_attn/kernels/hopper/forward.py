@@ -7,7 +7,7 @@ i + 1 before the product of block i, and does the softmax of i + 1 while that ru
 persistent: the producer draws tiles from a counter and hands their numbers to the consumers.
 
     ring of slots   slots          filled by   what
-    items           2              producer    number of a work item; the last one is past all
+    items           2              producer    what a work item is; the last one does not exist
     q               CONSUMERS      TMA         64 rows of Q for each consumer
     k, v            STAGES each    TMA         BLOCK_N rows of K or V for all consumers
 """
@@ -30,7 +30,6 @@ from .tiles import (
     draw,
     leave,
     load_band,
-    load_work,
     next_work,
     skipped,
 )
@@ -40,6 +39,9 @@ ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's wgmma 
 FIRST_TURN = gl.constexpr(8)
 # A cut V descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
 FAR = gl.constexpr(1 << 30)
+# What next_work returns: 7 numbers of the work and 8 of the band.
+WORK_FIELDS = gl.constexpr(7)
+FIELDS = gl.constexpr(15)
 
 
 @aggregate
@@ -189,23 +191,45 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
 
 
 @gluon.jit
-def _publish(items, index, tile):
-    """Tell the consumers the work item of this program's tile-th tile."""
+def _publish(items, tile, work, band):
+    """Tell the consumers this program's tile-th tile: what next_work returned."""
     slot = tile & 1
     _await_empty(items, slot, tile >> 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    items.buffers.index(slot).store(gl.full([1], index, gl.int32, layout))
+    for i in gl.static_range(WORK_FIELDS):
+        place = items.buffers.index(slot * FIELDS + i)
+        place.store(gl.full([1], work[i], gl.int32, layout))
+    for i in gl.static_range(FIELDS - WORK_FIELDS):
+        place = items.buffers.index(slot * FIELDS + WORK_FIELDS + i)
+        place.store(gl.full([1], band[i], gl.int32, layout))
     mbarrier.arrive(items.full.index(slot), count=1)
 
 
 @gluon.jit
+def _field(items, slot, FIELD: gl.constexpr):
+    place = items.buffers.index(slot * FIELDS + FIELD)
+    return gl.sum(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _published(items, tile):
-    """Return the work item of this program's tile-th tile, once the producer knows it."""
+    """Return work and band of this program's tile-th tile, once the producer knows them.
+
+    Through shared memory: each consumer reading the tables would wait twice for global memory, with
+    nothing else to do.
+    """
     slot = tile & 1
     _await_full(items, slot, tile >> 1)
-    index = gl.sum(items.buffers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    exists, row, row_end = _field(items, slot, 0), _field(items, slot, 1), _field(items, slot, 2)
+    entry, end_entry = _field(items, slot, 3), _field(items, slot, 4)
+    finishes, head = _field(items, slot, 5), _field(items, slot, 6)
+    first, last, end = _field(items, slot, 7), _field(items, slot, 8), _field(items, slot, 9)
+    lo, hi = _field(items, slot, 10), _field(items, slot, 11)
+    n_left, n_full = _field(items, slot, 12), _field(items, slot, 13)
+    n_edge = _field(items, slot, 14)
     _release(items, slot)
-    return index
+    work = (exists, row, row_end, entry, end_entry, finishes, head)
+    return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
 
 
 @gluon.jit
@@ -216,14 +240,13 @@ def _produce(program, q, k, v, counter_ptr):
     STAGES: gl.constexpr = program.options.STAGES
     count = 0  # of blocks
     tile = 0
-    index = next_work(tables, gl.program_id(0), counter_ptr)
-    _publish(program.items, index, tile)
-    while index < tables.n_items():
-        row, row_end, entry, end_entry, _, head = load_work(tables, index)
+    work, band = next_work(tables, gl.program_id(0), counter_ptr, BLOCK_N)
+    _publish(program.items, tile, work, band)
+    while work[0] > 0:
+        _, row, row_end, entry, end_entry, _, head = work
         batch, head = head // tables.heads, head % tables.heads
         key_head = head // tables.group
         # The first block, which a tile that meets nothing has too, with nothing seen in it.
-        band = load_band(tables, entry, end_entry, row, row_end, BLOCK_N)
         start = block_start(band, 0, BLOCK_N)
         _load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         for c in gl.static_range(program.options.CONSUMERS):
@@ -231,9 +254,9 @@ def _produce(program, q, k, v, counter_ptr):
         _load_v(program, v, count, batch, key_head, start, band[2])
         count += 1
         # Drawn now, so that the consumers know it when they finish this tile.
-        index = next_work(tables, draw(counter_ptr), counter_ptr)
+        work, next_band = next_work(tables, draw(counter_ptr), counter_ptr, BLOCK_N)
         tile += 1
-        _publish(program.items, index, tile)
+        _publish(program.items, tile, work, next_band)
         if program.options.ONE_ENTRY:
             count = _load_blocks(program, k, v, count, 1, band, batch, key_head)
         else:
@@ -241,6 +264,7 @@ def _produce(program, q, k, v, counter_ptr):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
                 begin = skipped(e, entry)
                 count = _load_blocks(program, k, v, count, begin, band, batch, key_head)
+        band = next_band
     leave(counter_ptr)
 
 
@@ -412,11 +436,10 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         _give_turn(FIRST_TURN)
     count = 0  # of blocks
     tile = 0
-    index = _published(program.items, tile)
-    while index < tables.n_items():
-        row, row_end, entry, end_entry, finishes, head = load_work(tables, index)
+    work, band = _published(program.items, tile)
+    while work[0] > 0:
+        _, row, row_end, entry, end_entry, finishes, head = work
         offs_m = row + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-        band = load_band(tables, entry, end_entry, row, row_end, BLOCK_N)
         # The first block has no product before it.
         left, width = _limits(band, offs_m)
         start = block_start(band, 0, BLOCK_N)
@@ -461,7 +484,7 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
             program.options.CARRY,
         )
         tile += 1
-        index = _published(program.items, tile)
+        work, band = _published(program.items, tile)
     if program.options.PING_PONG and CONSUMER == 0:
         _wait_turn(FIRST_TURN)  # what the last consumer has given
 
@@ -527,7 +550,8 @@ def _hopper_fwd_kernel(
         v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
     else:
         v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
-    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
     full, empty = _make_bars(2, CONSUMERS)
     fence_async_shared()
     options = Options(

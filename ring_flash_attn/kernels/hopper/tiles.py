@@ -65,23 +65,25 @@ def load_work(tables, index):
 
 
 @gluon.jit
-def load_rows(tables, index):
-    """Return how many rows the tile of a work item has; 1 past the last item."""
-    work = load_work(tables, index)
-    return work[1] - work[0]
-
-
-@gluon.jit
-def next_work(tables, index, counter_ptr):
-    """Return `index`, or the first one drawn after it whose tile has rows, or one past the last.
+def next_work(tables, index, counter_ptr, BLOCK: gl.constexpr):
+    """Return the work of item `index`, or of the first one drawn after it whose tile has rows.
 
     Tables filled on the device are padded with tiles of no rows.
+
+    Returns:
+        (exists, row, row_end, entry, end_entry, finishes, head, *band): what load_work returns, and
+        load_band of the tile's first entry. `exists` is 0 past the last item.
     """
-    rows = load_rows(tables, index)
-    while rows <= 0:
+    row, row_end, entry, end_entry, finishes, head = load_work(tables, index)
+    while row_end <= row:
         index = draw(counter_ptr)
-        rows = load_rows(tables, index)
-    return index
+        row, row_end, entry, end_entry, finishes, head = load_work(tables, index)
+    exists = (index < tables.n_items()).to(gl.int32)
+    band = load_band(tables, entry, end_entry, row, row_end, BLOCK)
+    first, last, end, lo, hi, n_left, n_full, n_edge = band
+    # Spelled out: Triton 3.6 does not join tuples.
+    work = (exists, row, row_end, entry, end_entry, finishes, head)
+    return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
 
 
 @gluon.jit
