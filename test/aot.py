@@ -158,15 +158,21 @@ def _compile_hopper(job: Job):
     }
     k_box = [1, 1, config.block_n, block_d]
     v_box = [1, 1, config.block_n, 1, block_d] if job.documents else k_box
-    element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
+    boxes = {"q": [1, 1, 64, block_d], "k": k_box, "v": v_box}
+    if job.adds:
+        boxes["state"] = [1, 1, 64, block_d * config.block_n // 128]
+    else:
+        constants["state"] = None
+    half = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
     signature = {}
     for name in _hopper_fwd_kernel.arg_names:
-        box = {"q": [1, 1, 64, block_d], "k": k_box, "v": v_box}.get(name)
+        box = boxes.get(name)
         if box is None:
             signature[name] = _type(name, job, constants)
-        else:
-            layout = gl.NVMMASharedLayout.get_default_for(box, element)
-            signature[name] = f"tensordesc<{TRITON_NAMES[job.dtype]}{box},{layout!r}>"
+            continue
+        kind, element = ("fp32", gl.float32) if name == "state" else (TRITON_NAMES[job.dtype], half)
+        layout = gl.NVMMASharedLayout.get_default_for(box, element)
+        signature[name] = f"tensordesc<{kind}{box},{layout!r}>"
     source = GluonASTSource(_hopper_fwd_kernel, signature, constants, _multiples_of_16(signature))
     options = {"num_warps": job.num_warps, "maxnreg": at_launch}
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)

@@ -66,9 +66,16 @@ class Barrier:
 class SharedMemory:
     """Shared memory or a view of a part: `values` is a numpy view, of Barriers for mbarriers."""
 
-    def __init__(self, values: np.ndarray, dtype: Dtype, layout: Any = None) -> None:
+    def __init__(
+        self,
+        values: np.ndarray,
+        dtype: Dtype,
+        layout: Any = None,
+        whole: "Overlaps | None" = None,
+    ) -> None:
         self.values, self.dtype, self.layout = values, dtype, layout
         self.handle = self
+        self._overlaps = Overlaps() if whole is None else whole
 
     @property
     def shape(self) -> list[int]:
@@ -81,23 +88,44 @@ class SharedMemory:
     def index(self, index: Any) -> "SharedMemory":
         if not 0 <= int(index) < len(self.values):
             raise EmulationError(f"index {int(index)} of shared memory of shape {self.shape}")
-        return SharedMemory(self.values[int(index)], self.dtype, self.layout)
+        return self._view(self.values[int(index)])
 
     def reshape(self, shape: Sequence[int]) -> "SharedMemory":
         values = self.values.reshape([int(size) for size in shape])
         if not np.shares_memory(values, self.values):
             raise NotImplementedError(f"reshape of permuted shared memory to {shape}")
-        return SharedMemory(values, self.dtype, self.layout)
+        return self._view(values)
 
     def permute(self, order: Sequence[int]) -> "SharedMemory":
-        return SharedMemory(self.values.transpose(tuple(order)), self.dtype, self.layout)
+        return self._view(self.values.transpose(tuple(order)))
 
     def slice(self, start: int, length: int, dim: int = 0) -> "SharedMemory":
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise EmulationError(f"slice {start} + {length} of axis {dim} of shape {self.shape}")
         parts = [slice(None)] * self.values.ndim
         parts[dim] = slice(start, start + length)
-        return SharedMemory(self.values[tuple(parts)], self.dtype, self.layout)
+        return self._view(self.values[tuple(parts)])
+
+    def _reinterpret(self, dtype: Dtype, shape: Sequence[int], layout: Any) -> "SharedMemory":
+        """Return the same bytes as another type: what one view holds, writing the other spoils."""
+        shape = [int(size) for size in shape]
+        sizes = [
+            int(np.prod(n)) * x.primitive_bitwidth
+            for n, x in ((self.shape, self.dtype), (shape, dtype))
+        ]
+        if sizes[0] != sizes[1]:
+            raise EmulationError(
+                f"shared memory {self.shape} {self.dtype} is not as large as {shape} {dtype}"
+            )
+        values = self._overlaps.other(self, dtype, shape)
+        return SharedMemory(values, dtype, layout, self._overlaps)
+
+    def spoil_overlapping(self) -> None:
+        """Destroy what views of another type hold of these bytes, which are about to change."""
+        self._overlaps.spoil(self.values)
+
+    def _view(self, values: np.ndarray) -> "SharedMemory":
+        return SharedMemory(values, self.dtype, self.layout, self._overlaps)
 
     def load(self, layout: Any) -> Tensor:
         return Tensor(self.values.copy(), self.dtype)
@@ -107,7 +135,30 @@ class SharedMemory:
             raise EmulationError(
                 f"store of {value.shape} {value.dtype} into shared memory {self.shape} {self.dtype}"
             )
+        self.spoil_overlapping()
         self.values[...] = value.values
+
+
+class Overlaps:
+    """Views of the same bytes as different types: each in an array of its own."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple, tuple[np.ndarray, Dtype, np.ndarray, Dtype]] = {}
+
+    def other(self, memory: SharedMemory, dtype: Dtype, shape: list[int]) -> np.ndarray:
+        """Return the array that stands for the bytes of `memory` as another type."""
+        key = memory.values.ctypes.data, dtype, tuple(shape)
+        if key not in self._pairs:
+            values = np.full(shape, poison(dtype), dtype.held_in)
+            self._pairs[key] = memory.values, memory.dtype, values, dtype
+        return self._pairs[key][2]
+
+    def spoil(self, changed: np.ndarray) -> None:
+        for one, one_type, two, two_type in self._pairs.values():
+            if np.shares_memory(one, changed):
+                two[...] = poison(two_type)
+            if np.shares_memory(two, changed):
+                one[...] = poison(one_type)
 
 
 def allocate_shared_memory(

@@ -155,14 +155,14 @@ def test_any_number_of_stages(emulated, stages):
 
 
 BUGS = {
-    "no wait for K": ("    _await_full(program.k, slot, count // STAGES)\n", ""),
-    "no wait for V": ("    _await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
-    "no wait for Q": ("        _await_full(program.q, CONSUMER, tile)\n", ""),
+    "no wait for K": ("    await_full(program.k, slot, count // STAGES)\n", ""),
+    "no wait for V": ("    await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
+    "no wait for Q": ("        await_full(program.q, CONSUMER, tile)\n", ""),
     "V released before its product": (
         "    s = warpgroup_mma_wait(1, [s])\n",
-        "    s = warpgroup_mma_wait(1, [s])\n    _release(program.v, previous)\n",
+        "    s = warpgroup_mma_wait(1, [s])\n    release(program.v, previous)\n",
     ),
-    "K never released": ("    _release(program.k, slot)\n", ""),
+    "K never released": ("    release(program.k, slot)\n", ""),
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
     "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
@@ -173,7 +173,21 @@ BUGS = {
     "full blocks begin too early": ("(full_first - first + BLOCK - 1)", "(full_first - first)"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "old state forgotten": ("        old_weight = old / total_safe\n", ""),
-    "heads of one batch only": ("            head // tables.heads,\n", "            head * 0,\n"),
+    "heads of one batch only": ("(outputs, head // tables.heads, head", "(outputs, head * 0, head"),
+    "state not waited for": (
+        "            await_full(slots, slot, count // STAGES)\n            if",
+        "            if",
+    ),
+    "state of other rows": ("row + PIECE // PIECES * ROWS, PIECE", "row, PIECE"),
+    "state loaded into a slot in use": (
+        "    await_empty(slots, slot, count // STAGES)\n    mbarrier.expect(slots.full.index(slot), state",
+        "    mbarrier.expect(slots.full.index(slot), state",
+    ),
+    "state's slots not counted by the producer": (
+        "            count = _load_state(program, state, count, batch, head, row)\n",
+        "            _load_state(program, state, count, batch, head, row)\n",
+    ),
+    "a slot of state kept": ("            release(slots, slot)\n        count += 1\n", "        count += 1\n"),
     "tiles passed over": ("+ gl.num_programs(0)\n", "+ gl.num_programs(0) * 2\n"),
     "counter left as it is": ("        gl.store(counter_ptr, 0)\n", ""),
 }
@@ -262,12 +276,18 @@ def test_what_it_can_address():
         return torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16)
 
     q, k = tensor(heads=8), tensor()
-    assert hopper.addresses(q, k, k, q, True) and hopper.addresses(q, k, k, q, False)
+    assert hopper.addresses(q, k, k, q, None, True) and hopper.addresses(q, k, k, q, None, False)
     packed = torch.zeros(1, 6, 3, 4, 64, dtype=torch.bfloat16)
-    assert hopper.addresses(*packed.unbind(2), packed[:, :, 0], True)
+    assert hopper.addresses(*packed.unbind(2), packed[:, :, 0], None, True)
     odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
-    assert not hopper.addresses(odd, k, k, q, False)
-    assert not hopper.addresses(q, k, odd, q, True)
-    assert not hopper.addresses(tensor(2), tensor(2), tensor(2), tensor(2), True)
+    assert not hopper.addresses(odd, k, k, q, None, False)
+    assert not hopper.addresses(q, k, odd, q, None, True)
+    several = tensor(2)
+    assert not hopper.addresses(several, several, several, several, None, True)
     wide = torch.empty(0, dtype=torch.bfloat16).as_strided((2, 0, 4, 64), (1 << 31, 256, 64, 1))
-    assert not hopper.addresses(q, k, k, wide, False)
+    assert not hopper.addresses(q, k, k, wide, None, False)
+    # The state is read as float32, and by TMA too.
+    assert hopper.addresses(q, k, k, q.float(), q.float(), False)
+    assert not hopper.addresses(q, k, k, q, q, False)
+    crooked = torch.zeros(1, 6, 8, 66)[..., :64]
+    assert not hopper.addresses(q, k, k, crooked, crooked, False)

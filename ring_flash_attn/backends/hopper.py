@@ -43,13 +43,17 @@ def unsupported(arch: int, dtype: torch.dtype, head_dim: int) -> list[str]:
     return reasons
 
 
-def addresses(q: Tensor, k: Tensor, v: Tensor, out: Tensor, documents: bool) -> bool:
+def addresses(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor | None, documents: bool
+) -> bool:
     """Return whether the kernel can address these tensors, which views of others may forbid.
 
     Args:
         q: [B, L, H, D]. k, v: [B, Lk, Hk, D].
-        out: [B, L, H, D], the state or the result.
+        out: [B, L, H, D], what is written. state: the same, if it is read too.
     """
+    if state is not None and (state.dtype != torch.float32 or tma_shape(state) is None):
+        return False
     shapes = tma_shape(q), tma_shape(k), cut_shape(v) if documents else tma_shape(v)
     return None not in shapes and max(out.stride()) < 1 << 31
 
@@ -59,6 +63,7 @@ def forward_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    state: Tensor | None,
     documents: bool,
     one_entry: bool,
 ) -> dict[str, Any]:
@@ -66,11 +71,14 @@ def forward_arguments(
     block_d = max(64, 1 << (q.shape[3] - 1).bit_length())
     k_box = [1, 1, config.block_n, block_d]
     v_box = [1, 1, config.block_n, 1, block_d] if documents else k_box
+    # As many bytes as a block of K or V, in whose room it goes.
+    state_box = [1, 1, 64, block_d * config.block_n // 128]
     _, consumer, producer = config.registers
     return {
         "q": _describe(q, tma_shape(q), [1, 1, 64, block_d]),
         "k": _describe(k, tma_shape(k), k_box),
         "v": _describe(v, cut_shape(v) if documents else tma_shape(v), v_box),
+        "state": None if state is None else _describe(state, tma_shape(state), state_box),
         "counter_ptr": _counter(q.device),
         "BLOCK_D": block_d,
         "BLOCK_N": config.block_n,
@@ -106,7 +114,7 @@ def _describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, 
 @lru_cache(maxsize=64)
 def _layout(dtype: torch.dtype, box: tuple[int, ...]) -> Any:
     """Return how a box lies in shared memory."""
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    element = getattr(gl, str(dtype).removeprefix("torch."))
     return gl.NVMMASharedLayout.get_default_for(list(box), element)
 
 

@@ -94,13 +94,15 @@ class TritonBackend:
         documents = isinstance(step_plan, DocumentsStep)
         choices = self._choices(q, documents)
         config = choices.hopper
-        if config is None or not hopper.addresses(q, k, v, out, documents):
+        state = None if step_plan.first else out
+        if config is None or not hopper.addresses(q, k, v, out, state, documents):
             sources = {"q": q, "k": k, "v": v}
             self._launch(_fwd_kernel, "forward", attention, step_plan, sources, **outputs)
             return
         side = Side(False, config.block_m)
         outputs |= work(attention, step_plan, q, k, side, choices.sides)
-        outputs |= hopper.forward_arguments(config, q, k, v, documents, one_entry(step_plan, side))
+        one = one_entry(step_plan, side)
+        outputs |= hopper.forward_arguments(config, q, k, v, state, documents, one)
         with _on(q.device):
             hopper.launch_forward(config, outputs)
 

@@ -4,6 +4,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
+from .slots import (
+    ROWS,
+    await_full,
+    release,
+    state_columns,
+    state_piece,
+    state_pieces,
+    state_turns,
+)
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -48,28 +58,34 @@ class Outputs:
 
 
 @gluon.jit
-def store_tile(
-    acc,
-    m_i,
-    l_i,
-    outputs,
-    batch,
-    head,
-    row,
-    row_end,
-    finishes,
-    HEAD_DIM: gl.constexpr,
-    CARRY: gl.constexpr,
-):
-    """Store out and lse of the rows from `row` on that lie before row_end.
+def load_lse2(m_i, target, CONSUMER: gl.constexpr, CARRY: gl.constexpr):
+    """Return the carried lse of a consumer's rows in base 2, without CARRY anything."""
+    outputs, batch, head, row, row_end, _ = target
+    lse2 = m_i
+    if CARRY:
+        lse_ptr = outputs.at(batch, head)[2]
+        offs_m = row + CONSUMER * ROWS + gl.arange(0, ROWS, m_i.type.layout)
+        lse = gl.load(lse_ptr + offs_m, mask=offs_m < row_end, other=float("-inf"))
+        lse2 = lse * LOG2_E
+    return lse2
+
+
+@gluon.jit
+def store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER: gl.constexpr):
+    """Store out and lse of a consumer's rows; return the count of blocks after the old state.
 
     Args:
-        acc: [rows, BLOCK_D] float32, sum of p v. m_i: [rows] maximum, in base 2. l_i: [rows, 8]
+        acc: [ROWS, BLOCK_D] float32, sum of p v. m_i: [ROWS] maximum, in base 2. l_i: [ROWS, 8]
             parts of the sum of p.
-        finishes: out goes to the result, not to the state.
-        CARRY: merge with what the state and lse hold.
+        old_lse2: what load_lse2 returned. With CARRY it and the old state, which comes through the
+            slots of K and V from `count` on, are merged with.
+        target: (outputs, batch, head, row, row_end, finishes) of the tile. With `finishes` out goes
+            to the result, not to the state.
     """
-    ROWS: gl.constexpr = acc.shape[0]
+    CARRY: gl.constexpr = program.options.CARRY
+    HEAD_DIM: gl.constexpr = program.options.HEAD_DIM
+    outputs, batch, head, row, row_end, finishes = target
+    row += CONSUMER * ROWS
     stat_layout: gl.constexpr = m_i.type.layout
     l_i = gl.convert_layout(gl.sum(l_i, 1), stat_layout)
     l_safe = gl.where(l_i == 0.0, 1.0, l_i)
@@ -79,12 +95,10 @@ def store_tile(
     old_weight = weight
     state_ptr, result_ptr, lse_ptr = outputs.at(batch, head)
     offs_m = row + gl.arange(0, ROWS, stat_layout)
-    stored = offs_m < row_end
     if CARRY:
         # Here and not as the loop's initial state: an accumulator that is loaded makes ptxas
         # serialise the wgmmas (C7514).
-        old_lse2 = gl.load(lse_ptr + offs_m, mask=stored, other=float("-inf")) * LOG2_E
-        # Four threads load each row: all must, before one stores it.
+        # Four threads have loaded each row of lse: all must, before one stores it.
         gl.thread_barrier()
         top = gl.maximum(old_lse2, lse2)
         top = gl.where(top == float("-inf"), 0.0, top)
@@ -95,20 +109,67 @@ def store_tile(
         lse2 = gl.where(total == 0.0, float("-inf"), top + gl.log2(total_safe))
         weight *= new / total_safe
         old_weight = old / total_safe
-    gl.store(lse_ptr + offs_m, lse2 * LN_2, mask=stored)
-    target = (state_ptr, result_ptr, outputs.stride_row, row, row_end, finishes)
+    gl.store(lse_ptr + offs_m, lse2 * LN_2, mask=offs_m < row_end)
+    place = (state_ptr, result_ptr, outputs.stride_row, row, row_end, finishes)
     if CARRY:
-        # In quarters: the old rows beside all of acc would spill.
-        QUARTER: gl.constexpr = acc.shape[1] // 4
-        left, right = _halves(acc)
+        # In parts: all old rows beside all of acc would spill.
+        parts = _parts(acc)
+        count = _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER)
+    else:
+        _store_columns(acc, acc, weight, old_weight, place, 0, HEAD_DIM, False)
+    return count
+
+
+@gluon.jit
+def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.constexpr):
+    """Merge acc, cut in parts, with the old state in the slots of K and V, and store it."""
+    BLOCK_N: gl.constexpr = program.options.BLOCK_N
+    HEAD_DIM: gl.constexpr = program.options.HEAD_DIM
+    STAGES: gl.constexpr = program.options.STAGES
+    PIECES: gl.constexpr = state_pieces(BLOCK_N)
+    COLUMNS: gl.constexpr = state_columns(program.options.BLOCK_D, BLOCK_N)
+    WIDTH: gl.constexpr = parts[0].shape[1]
+    for turn in gl.static_range(state_turns(program.options.CONSUMERS, BLOCK_N)):
+        slot = count % STAGES
+        for side in gl.static_range(2):
+            slots = program.v if side == 1 else program.k
+            # Also for what others read: a slot must be seen full before it may be released.
+            await_full(slots, slot, count // STAGES)
+            if (2 * turn + side) // PIECES == CONSUMER:
+                piece = state_piece(slots, slot, COLUMNS).reshape([ROWS, COLUMNS])
+                for i in gl.static_range(COLUMNS // WIDTH):
+                    _merge_part(
+                        parts[(2 * turn + side) % PIECES * (COLUMNS // WIDTH) + i],
+                        piece.slice(i * WIDTH, WIDTH, 1),
+                        weight,
+                        old_weight,
+                        place,
+                        (2 * turn + side) % PIECES * COLUMNS + i * WIDTH,
+                        HEAD_DIM,
+                    )
+            release(slots, slot)
+        count += 1
+    return count
+
+
+@gluon.jit
+def _merge_part(
+    x, shared, weight, old_weight, place, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr
+):
+    old = shared.load(x.type.layout)
+    _store_columns(x, old, weight, old_weight, place, COLUMN, HEAD_DIM, True)
+
+
+@gluon.jit
+def _parts(acc):
+    """Cut acc into parts of 32 columns; 256 columns into four."""
+    left, right = _halves(acc)
+    if acc.shape[1] == 64:
+        return left, right
+    else:
         x0, x1 = _halves(left)
         x2, x3 = _halves(right)
-        _store_columns(x0, weight, old_weight, target, 0, HEAD_DIM, True)
-        _store_columns(x1, weight, old_weight, target, QUARTER, HEAD_DIM, True)
-        _store_columns(x2, weight, old_weight, target, QUARTER * 2, HEAD_DIM, True)
-        _store_columns(x3, weight, old_weight, target, QUARTER * 3, HEAD_DIM, True)
-    else:
-        _store_columns(acc, weight, old_weight, target, 0, HEAD_DIM, False)
+        return x0, x1, x2, x3
 
 
 @gluon.jit
@@ -121,22 +182,21 @@ def _halves(x):
 @gluon.jit
 def _store_columns(
     x,
+    old,
     weight,
     old_weight,
-    target,
+    place,
     COLUMN: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     ADD: gl.constexpr,
 ):
-    """Store x * weight, with ADD plus state * old_weight, in columns from COLUMN on."""
-    state_ptr, result_ptr, stride, row, row_end, finishes = target
+    """Store x * weight, with ADD plus old * old_weight, in columns from COLUMN on."""
+    state_ptr, result_ptr, stride, row, row_end, finishes = place
     layout: gl.constexpr = x.type.layout
     if COLUMN < HEAD_DIM:
         keep = gl.convert_layout(weight, gl.SliceLayout(1, layout))[:, None]
         x = gl.where(keep == 0.0, 0.0, x * keep)
         if ADD:
-            pointers, mask = _elements(state_ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
-            old = gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
             x += old * gl.convert_layout(old_weight, gl.SliceLayout(1, layout))[:, None]
         if state_ptr.dtype == result_ptr.dtype:
             if finishes > 0:

@@ -21,20 +21,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 
-from .epilogue import LOG2_E, Outputs, store_tile
-from .tiles import (
-    Tables,
-    block_start,
-    draw,
-    leave,
-    load_band,
-    next_work,
-    skipped,
+from .epilogue import LOG2_E, Outputs, load_lse2, store_tile
+from .slots import (
+    ROWS,
+    Options,
+    Program,
+    Slots,
+    await_empty,
+    await_full,
+    load,
+    make_bars,
+    make_slots,
+    piece_at,
+    release,
+    state_columns,
+    state_piece,
+    state_pieces,
+    state_turns,
 )
+from .tiles import Tables, block_start, draw, leave, load_band, next_work, skipped
 
-ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's wgmma multiplies
 # The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
 FIRST_TURN = gl.constexpr(8)
 # A cut V descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
@@ -44,137 +51,15 @@ WORK_FIELDS = gl.constexpr(7)
 FIELDS = gl.constexpr(15)
 
 
-@aggregate
-class Slots:
-    """Slots in shared memory, each with a barrier that it is full and one that it is empty."""
-
-    buffers: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(self, buffers, full, empty):
-        self.buffers = buffers
-        self.full = full
-        self.empty = empty
-
-
-@aggregate
-class Options:
-    """What is compiled in, see _hopper_fwd_kernel."""
-
-    HEAD_DIM: gl.constexpr
-    BLOCK_D: gl.constexpr
-    BLOCK_N: gl.constexpr
-    CARRY: gl.constexpr
-    DOCUMENTS: gl.constexpr
-    ONE_ENTRY: gl.constexpr
-    CONSUMERS: gl.constexpr
-    STAGES: gl.constexpr
-    PING_PONG: gl.constexpr
-    RESCALE_LATE: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_N,
-        CARRY,
-        DOCUMENTS,
-        ONE_ENTRY,
-        CONSUMERS,
-        STAGES,
-        PING_PONG,
-        RESCALE_LATE,
-    ):
-        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
-        self.BLOCK_D = gl.constexpr(BLOCK_D)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.CARRY = gl.constexpr(CARRY)
-        self.DOCUMENTS = gl.constexpr(DOCUMENTS)
-        self.ONE_ENTRY = gl.constexpr(ONE_ENTRY)
-        self.CONSUMERS = gl.constexpr(CONSUMERS)
-        self.STAGES = gl.constexpr(STAGES)
-        self.PING_PONG = gl.constexpr(PING_PONG)
-        self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
-
-
-@aggregate
-class Program:
-    """What producer and consumers share."""
-
-    tables: Tables
-    items: Slots
-    q: Slots
-    k: Slots
-    v: Slots
-    options: Options
-
-    @gluon.constexpr_function
-    def __init__(self, tables, items, q, k, v, options):
-        self.tables = tables
-        self.items = items
-        self.q = q
-        self.k = k
-        self.v = v
-        self.options = options
-
-
-@gluon.jit
-def _make_slots(N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr):
-    """Return N slots for the boxes of a descriptor, each emptied by READERS partitions."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    full, empty = _make_bars(N, READERS)
-    return Slots(buffers, full, empty)
-
-
-@gluon.jit
-def _make_bars(N: gl.constexpr, READERS: gl.constexpr):
-    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=READERS)
-    return full, empty
-
-
-@gluon.jit
-def _await_full(slots, slot, turn):
-    """Wait until a slot is filled for the turn-th time."""
-    mbarrier.wait(slots.full.index(slot), turn & 1)
-
-
-@gluon.jit
-def _await_empty(slots, slot, turn):
-    """Wait until a slot is free to be filled for the turn-th time."""
-    mbarrier.wait(slots.empty.index(slot), turn & 1 ^ 1)
-
-
-@gluon.jit
-def _release(slots, slot):
-    mbarrier.arrive(slots.empty.index(slot), count=1)
-
-
-@gluon.jit
-def _load(desc, coordinates, slots, slot, turn):
-    """Load a box into a slot, once that is free."""
-    _await_empty(slots, slot, turn)
-    mbarrier.expect(slots.full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
-    )
-
-
 @gluon.jit
 def _load_v(program, v, count, batch, key_head, start, end):
     """Load V from row `start` on for the count-th block. DOCUMENTS: zeros from row `end` on."""
     STAGES: gl.constexpr = program.options.STAGES
     if program.options.DOCUMENTS:
         coordinates = [FAR, end, FAR - end + start, key_head, 0]
-        _load(v, coordinates, program.v, count % STAGES, count // STAGES)
+        load(v, coordinates, program.v, count % STAGES, count // STAGES)
     else:
-        _load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
+        load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
 
 
 @gluon.jit
@@ -184,17 +69,49 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
     end, n_full, n_edge = band[2], band[6], band[7]
     for i in range(begin, n_edge + n_full):
         start = block_start(band, i, program.options.BLOCK_N)
-        _load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         _load_v(program, v, count, batch, key_head, start, end)
         count += 1
     return count
 
 
 @gluon.jit
+def _load_state(program, state, count, batch, head, row):
+    """Load a tile's old state into the next slots of K and V; return the count after them."""
+    BLOCK_N: gl.constexpr = program.options.BLOCK_N
+    CONSUMERS: gl.constexpr = program.options.CONSUMERS
+    for i in gl.static_range(state_turns(CONSUMERS, BLOCK_N)):
+        place = (batch, head, row, count)
+        _load_piece(program, state, program.k, place, piece_at(i, 0, CONSUMERS, BLOCK_N))
+        _load_piece(program, state, program.v, place, piece_at(i, 1, CONSUMERS, BLOCK_N))
+        count += 1
+    return count
+
+
+@gluon.jit
+def _load_piece(program, state, slots, place, PIECE: gl.constexpr):
+    """Load a piece of the old state into the slot of the count-th block."""
+    BLOCK_N: gl.constexpr = program.options.BLOCK_N
+    STAGES: gl.constexpr = program.options.STAGES
+    PIECES: gl.constexpr = state_pieces(BLOCK_N)
+    COLUMNS: gl.constexpr = state_columns(program.options.BLOCK_D, BLOCK_N)
+    batch, head, row, count = place
+    slot = count % STAGES
+    await_empty(slots, slot, count // STAGES)
+    mbarrier.expect(slots.full.index(slot), state.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        state,
+        [batch, head, row + PIECE // PIECES * ROWS, PIECE % PIECES * COLUMNS],
+        slots.full.index(slot),
+        state_piece(slots, slot, COLUMNS),
+    )
+
+
+@gluon.jit
 def _publish(items, tile, work, band):
     """Tell the consumers this program's tile-th tile: what next_work returned."""
     slot = tile & 1
-    _await_empty(items, slot, tile >> 1)
+    await_empty(items, slot, tile >> 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for i in gl.static_range(WORK_FIELDS):
         place = items.buffers.index(slot * FIELDS + i)
@@ -219,7 +136,7 @@ def _published(items, tile):
     nothing else to do.
     """
     slot = tile & 1
-    _await_full(items, slot, tile >> 1)
+    await_full(items, slot, tile >> 1)
     exists, row, row_end = _field(items, slot, 0), _field(items, slot, 1), _field(items, slot, 2)
     entry, end_entry = _field(items, slot, 3), _field(items, slot, 4)
     finishes, head = _field(items, slot, 5), _field(items, slot, 6)
@@ -227,13 +144,13 @@ def _published(items, tile):
     lo, hi = _field(items, slot, 10), _field(items, slot, 11)
     n_left, n_full = _field(items, slot, 12), _field(items, slot, 13)
     n_edge = _field(items, slot, 14)
-    _release(items, slot)
+    release(items, slot)
     work = (exists, row, row_end, entry, end_entry, finishes, head)
     return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
 
 
 @gluon.jit
-def _produce(program, q, k, v, counter_ptr):
+def _produce(program, q, k, v, state, counter_ptr):
     """Load, tile by tile, Q and then K and V of every block, in the order the consumers walk."""
     tables = program.tables
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
@@ -248,9 +165,9 @@ def _produce(program, q, k, v, counter_ptr):
         key_head = head // tables.group
         # The first block, which a tile that meets nothing has too, with nothing seen in it.
         start = block_start(band, 0, BLOCK_N)
-        _load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         for c in gl.static_range(program.options.CONSUMERS):
-            _load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
+            load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
         _load_v(program, v, count, batch, key_head, start, band[2])
         count += 1
         # Drawn now, so that the consumers know it when they finish this tile.
@@ -264,6 +181,8 @@ def _produce(program, q, k, v, counter_ptr):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
                 begin = skipped(e, entry)
                 count = _load_blocks(program, k, v, count, begin, band, batch, key_head)
+        if program.options.CARRY:
+            count = _load_state(program, state, count, batch, head, row)
         band = next_band
     leave(counter_ptr)
 
@@ -379,21 +298,21 @@ def _step(
     STAGES: gl.constexpr = program.options.STAGES
     PING_PONG: gl.constexpr = program.options.PING_PONG
     slot, previous = count % STAGES, (count - 1) % STAGES
-    _await_full(program.k, slot, count // STAGES)
+    await_full(program.k, slot, count // STAGES)
     if PING_PONG:
         _wait_turn(FIRST_TURN + CONSUMER)
     s = _issue_scores(program, slot, CONSUMER)
     if program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
-    _await_full(program.v, previous, (count - 1) // STAGES)
+    await_full(program.v, previous, (count - 1) // STAGES)
     acc = _issue_product(program, previous, packed, acc)
     if PING_PONG:
         _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
     s = warpgroup_mma_wait(1, [s])
-    _release(program.k, slot)
+    release(program.k, slot)
     p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, width, MASK)
     acc = warpgroup_mma_wait(0, [acc])
-    _release(program.v, previous)
+    release(program.v, previous)
     packed = _pack(p, program.v.buffers.dtype)
     if not program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
@@ -443,10 +362,10 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         # The first block has no product before it.
         left, width = _limits(band, offs_m)
         start = block_start(band, 0, BLOCK_N)
-        _await_full(program.q, CONSUMER, tile)
-        _await_full(program.k, count % STAGES, count // STAGES)
+        await_full(program.q, CONSUMER, tile)
+        await_full(program.k, count % STAGES, count // STAGES)
         s = warpgroup_mma_wait(0, [_issue_scores(program, count % STAGES, CONSUMER)])
-        _release(program.k, count % STAGES)
+        release(program.k, count % STAGES)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
         l_i = gl.sum(gl.reshape(zeros, [ROWS, BLOCK_N // 8, 8]), 1)
@@ -461,28 +380,19 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
                 begin = skipped(e, entry)
                 count, state = _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER)
-        _release(program.q, CONSUMER)
+        release(program.q, CONSUMER)
         acc, packed, m_i, l_i, alpha = state
+        target = (outputs, head // tables.heads, head % tables.heads, row, row_end, finishes)
+        # Before the last product, which runs while it arrives.
+        old_lse2 = load_lse2(m_i, target, CONSUMER, program.options.CARRY)
         # The last block's product.
         if program.options.RESCALE_LATE:
             acc = _rescale(acc, alpha)
-        _await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
+        await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
         acc = _issue_product(program, (count - 1) % STAGES, packed, acc)
         acc = warpgroup_mma_wait(0, [acc])
-        _release(program.v, (count - 1) % STAGES)
-        store_tile(
-            acc,
-            m_i,
-            l_i,
-            outputs,
-            head // tables.heads,
-            head % tables.heads,
-            row + CONSUMER * ROWS,
-            row_end,
-            finishes,
-            program.options.HEAD_DIM,
-            program.options.CARRY,
-        )
+        release(program.v, (count - 1) % STAGES)
+        count = store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER)
         tile += 1
         work, band = _published(program.items, tile)
     if program.options.PING_PONG and CONSUMER == 0:
@@ -504,6 +414,7 @@ def _hopper_fwd_kernel(
     q,
     k,
     v,
+    state,
     out_ptr,
     result_ptr,
     lse_ptr,
@@ -544,15 +455,15 @@ def _hopper_fwd_kernel(
     ONE_ENTRY: no tile has more. PING_PONG: consumers issue products in turn. RESCALE_LATE: an
     accumulator is rescaled after the next scores are issued, not at the end of a step.
     """
-    q_slots = _make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
-    k_slots = _make_slots(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D])
+    q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
+    k_slots = make_slots(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D])
     if DOCUMENTS:
-        v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
+        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
     else:
-        v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
+        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
-    full, empty = _make_bars(2, CONSUMERS)
+    full, empty = make_bars(2, CONSUMERS)
     fence_async_shared()
     options = Options(
         HEAD_DIM,
@@ -577,7 +488,7 @@ def _hopper_fwd_kernel(
             [
                 (_consume, (program, outputs, qk_scale, 0)),
                 (_consume, (program, outputs, qk_scale, 1)),
-                (_produce, (program, q, k, v, counter_ptr)),
+                (_produce, (program, q, k, v, state, counter_ptr)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -588,7 +499,7 @@ def _hopper_fwd_kernel(
                 (_consume, (program, outputs, qk_scale, 0)),
                 (_consume, (program, outputs, qk_scale, 1)),
                 (_consume, (program, outputs, qk_scale, 2)),
-                (_produce, (program, q, k, v, counter_ptr)),
+                (_produce, (program, q, k, v, state, counter_ptr)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
