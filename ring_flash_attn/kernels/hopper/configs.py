@@ -17,7 +17,6 @@ class ForwardConfig:
         ping_pong: consumers issue their products in turn, so that one multiplies while the others
             do their softmax.
         rescale_late: rescale the accumulator after the next scores are issued.
-        spills: bytes that ptxas 12.8 stores and loads for want of registers.
     """
 
     consumers: int
@@ -25,7 +24,6 @@ class ForwardConfig:
     stages: int
     ping_pong: bool
     rescale_late: bool = False
-    spills: int = 0
 
     @property
     def block_m(self) -> int:
@@ -44,9 +42,9 @@ class ForwardConfig:
 
 # By the width of the tiles, for both 16-bit dtypes: same size, same instructions.
 FORWARD = {
-    64: ForwardConfig(3, 128, 2, ping_pong=True, spills=196),
+    64: ForwardConfig(3, 128, 2, ping_pong=True),
     128: ForwardConfig(2, 128, 2, ping_pong=False),
-    256: ForwardConfig(2, 64, 2, ping_pong=False, spills=116),
+    256: ForwardConfig(2, 64, 2, ping_pong=False, rescale_late=True),
 }
 
 

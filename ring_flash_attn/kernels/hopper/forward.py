@@ -203,17 +203,48 @@ def _give_turn(BARRIER: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, qk_scale, start, left, width, MASK: gl.constexpr):
+def _count_below(x):
+    """Return how many of the columns 0, 1, 8, 9, 16, 17, .. up to 121 lie below x."""
+    return gl.minimum(gl.maximum((x >> 3) * 2 + gl.minimum(x & 7, 2), 0), 32)
+
+
+@gluon.jit
+def _lowest(n):
+    """Return an int32 with the n lowest bits set, for n from 0 to 32.
+
+    In two shifts: one by 32 is undefined, and LLVM copies a select into each test of a bit.
+    """
+    half = n >> 1
+    return ((1 << half) << (n - half)) - 1
+
+
+@gluon.jit
+def _seen(s, start, left, right):
+    """Return which scores s of columns [start, ..) each row sees: those in [left, right).
+
+    In a wgmma's result a thread holds two columns in every eight of a row, 2 q and 2 q + 1. One
+    int32 has a bit for each, found once a row. Compared one by one, ptxas computes all predicates
+    before the scores are there, and packs and unpacks them: 881 instructions a block, not 449.
+    """
+    N: gl.constexpr = s.shape[1]
+    offs_n = gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
+    origin = start + (offs_n & 6)[None, :]
+    below = _lowest(_count_below(right[:, None] - origin))
+    bits = below & ~_lowest(_count_below(left[:, None] - origin))
+    place = (offs_n >> 3) * 2 + (offs_n & 1)
+    return (bits >> place[None, :]) & 1 != 0
+
+
+@gluon.jit
+def _softmax(s, m_i, l_i, qk_scale, start, left, right, MASK: gl.constexpr):
     """Return (p, alpha, m_i, l_i) after scores s [ROWS, BLOCK_N].
 
     l_i [ROWS, 8] is the row sum in parts that lie in one thread each: no shuffles in the loop.
-    MASK: column c is seen iff 0 <= c - left < width, one unsigned compare.
+    MASK: only columns [left, right) are seen.
     """
     N: gl.constexpr = s.shape[1]
     if MASK:
-        offs_n = start + gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
-        distance = offs_n[None, :] - left[:, None]
-        s = gl.where(distance.to(gl.uint32) < width[:, None].to(gl.uint32), s, float("-inf"))
+        s = gl.where(_seen(s, start, left, right), s, float("-inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
     shift = m_new
     if MASK:
@@ -285,7 +316,7 @@ def _step(
     qk_scale,
     start,
     left,
-    width,
+    right,
     MASK: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
@@ -310,7 +341,7 @@ def _step(
         _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
     s = warpgroup_mma_wait(1, [s])
     release(program.k, slot)
-    p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, width, MASK)
+    p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, right, MASK)
     acc = warpgroup_mma_wait(0, [acc])
     release(program.v, previous)
     packed = _pack(p, program.v.buffers.dtype)
@@ -321,23 +352,22 @@ def _step(
 
 @gluon.jit
 def _limits(band, offs_m):
-    """Return (left, width) of the columns that each row sees, see _softmax."""
+    """Return (left, right): each row sees columns [left, right) of a band's entry."""
     last, lo, hi = band[1], band[3], band[4]
-    left = offs_m + lo
-    return left, gl.maximum(gl.minimum(offs_m + hi + 1, last) - left, 0)
+    return offs_m + lo, gl.minimum(offs_m + hi + 1, last)
 
 
 @gluon.jit
 def _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER: gl.constexpr):
     """Take an entry's blocks from the begin-th on, those with a mask first; return count, state."""
-    left, width = _limits(band, offs_m)
+    left, right = _limits(band, offs_m)
     n_full, n_edge = band[6], band[7]
     for i in range(begin, n_edge):
         start = block_start(band, i, program.options.BLOCK_N)
-        state = _step(program, count, state, qk_scale, start, left, width, True, CONSUMER)
+        state = _step(program, count, state, qk_scale, start, left, right, True, CONSUMER)
         count += 1
     for _ in range(gl.maximum(begin, n_edge), n_edge + n_full):
-        state = _step(program, count, state, qk_scale, 0, left, width, False, CONSUMER)
+        state = _step(program, count, state, qk_scale, 0, left, right, False, CONSUMER)
         count += 1
     return count, state
 
@@ -360,7 +390,7 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         _, row, row_end, entry, end_entry, finishes, head = work
         offs_m = row + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         # The first block has no product before it.
-        left, width = _limits(band, offs_m)
+        left, right = _limits(band, offs_m)
         start = block_start(band, 0, BLOCK_N)
         await_full(program.q, CONSUMER, tile)
         await_full(program.k, count % STAGES, count // STAGES)
@@ -369,7 +399,7 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
         l_i = gl.sum(gl.reshape(zeros, [ROWS, BLOCK_N // 8, 8]), 1)
-        p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, width, True)
+        p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, right, True)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         state = (acc, _pack(p, program.v.buffers.dtype), m_i, l_i, alpha)
         count += 1
