@@ -153,7 +153,7 @@ def _landed(dep: Tensor, num_outstanding: int) -> Tensor:
     return Tensor(dep.result, FLOAT32)
 
 
-_NAMED = re.compile(r"bar\.(sync|arrive) (\d+), (\d+);(\s*mov\.b32 \$0, \$1;)?")
+_NAMED = re.compile(r"bar\.(sync|arrive) (\d+|\$1), (\d+);(\s*mov\.b32 \$0, \$1;)?")
 _PACK = re.compile(r"cvt\.rn\.(bf16|f16)x2\.f32 \$0, \$([12]), \$([12]);")
 
 
@@ -168,6 +168,9 @@ def inline_asm_elementwise(
     named, packing = _NAMED.fullmatch(asm.strip()), _PACK.fullmatch(asm.strip())
     if named:
         kind, index, threads = named.group(1), named.group(2), named.group(3)
+        if index == "$1":
+            index = args[0].values.flat[0]
+            assert (args[0].values == index).all(), "every thread must name one barrier"
         named_barrier(int(index), int(threads), wait=kind == "sync")
         return args[0]
     if packing:

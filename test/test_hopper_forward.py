@@ -1,7 +1,7 @@
 """The Hopper forward, executed on the CPU by test/gluon_emulator.py with the library's own tables.
 
 What the emulator cannot know (layouts, registers, the hardware) test_aot.py and a GPU must show: on
-sm_90 with RING_FLASH_ATTN_HOPPER=1 every other test of the Triton backend runs this kernel.
+sm_90 every other test of the Triton backend runs this kernel.
 """
 
 from dataclasses import replace
@@ -148,7 +148,7 @@ def test_every_option_in_any_order(emulated, consumers, rescale_late, ping_pong,
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [1, 2])
 def test_any_number_of_stages(emulated, stages):
     config = replace(FORWARD[64], block_n=64, stages=stages)
     assert not check(emulated(config), CAUSAL, "contiguous", 1, inputs(SMALL, torch.bfloat16))
@@ -160,9 +160,9 @@ BUGS = {
     "no wait for Q": ("        await_full(program.q, CONSUMER, tile)\n", ""),
     "V released before its product": (
         "    s = warpgroup_mma_wait(1, [s])\n",
-        "    s = warpgroup_mma_wait(1, [s])\n    release(program.v, previous)\n",
+        "    s = warpgroup_mma_wait(1, [s])\n    program.v.release(previous)\n",
     ),
-    "K never released": ("    release(program.k, slot)\n", ""),
+    "K never released": ("    program.k.release(slot)\n", ""),
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
     "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
@@ -180,14 +180,17 @@ BUGS = {
     ),
     "state of other rows": ("row + PIECE // PIECES * ROWS, PIECE", "row, PIECE"),
     "state loaded into a slot in use": (
-        "    await_empty(slots, slot, count // STAGES)\n    mbarrier.expect(slots.full.index(slot), state",
-        "    mbarrier.expect(slots.full.index(slot), state",
+        "    slots.await_empty(slot, count // STAGES)\n    mbarrier.expect",
+        "    mbarrier.expect",
     ),
     "state's slots not counted by the producer": (
         "            count = _load_state(program, state, count, batch, head, row)\n",
-        "            _load_state(program, state, count, batch, head, row)\n",
+        "            count = _load_state(program, state, count, batch, head, row) - 1\n",
     ),
-    "a slot of state kept": ("            release(slots, slot)\n        count += 1\n", "        count += 1\n"),
+    "a slot of state kept": (
+        "            slots.release(slot)\n        count += 1\n",
+        "        count += 1\n",
+    ),
     "tiles passed over": ("+ gl.num_programs(0)\n", "+ gl.num_programs(0) * 2\n"),
     "counter left as it is": ("        gl.store(counter_ptr, 0)\n", ""),
 }

@@ -21,8 +21,7 @@ if SUPPORTED:
     from ..kernels.hopper.forward import _hopper_fwd_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# Until this kernel has passed the tests on a GPU, the portable one runs unless asked otherwise.
-WANTED = os.environ.get("RING_FLASH_ATTN_HOPPER") == "1"
+WANTED = os.environ.get("RING_FLASH_ATTN_HOPPER", "1") != "0"
 
 
 def unsupported(arch: int, dtype: torch.dtype, head_dim: int) -> list[str]:

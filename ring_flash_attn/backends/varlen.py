@@ -22,7 +22,7 @@ from ..core.packed import (
 )
 
 # Until these calls have passed the tests on a GPU, documents run one by one unless asked otherwise.
-WANTED = os.environ.get("RING_FLASH_ATTN_VARLEN") == "1"
+WANTED = os.environ.get("RING_FLASH_ATTN_VARLEN", "1") != "0"
 _MOST_SEQUENCES = 65535  # the second axis of a CUDA grid, which counts sequences
 
 
@@ -89,7 +89,7 @@ class _Edges(NamedTuple):
 
 def inexpressible(plan: PackedPlan, documents: Documents) -> list[str]:
     """Return every reason why a call's steps are not one call of a varlen kernel each."""
-    reasons = [] if WANTED else ["RING_FLASH_ATTN_VARLEN is not 1"]
+    reasons = [] if WANTED else ["RING_FLASH_ATTN_VARLEN is 0"]
     reasons += _inexpressible(plan)
     if not reasons and _cut_keys(plan, documents) is None:
         reasons.append("the last key is not the last query's row, which shifts one window")

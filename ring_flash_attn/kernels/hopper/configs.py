@@ -13,7 +13,8 @@ class ForwardConfig:
 
     Attributes:
         consumers: warpgroups that multiply, 2 or 3, each 64 query rows of a tile.
-        block_n: key rows of a block. stages: blocks of K, and of V, in shared memory.
+        block_n: key rows of a block.
+        stages: blocks of K, and of V, in shared memory, 1 or 2: named barriers are few.
         ping_pong: consumers issue their products in turn, so that one multiplies while the others
             do their softmax.
         rescale_late: rescale the accumulator after the next scores are issued.

@@ -4,15 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from .slots import (
-    ROWS,
-    await_full,
-    release,
-    state_columns,
-    state_piece,
-    state_pieces,
-    state_turns,
-)
+from .forward_program import ROWS, state_columns, state_piece, state_pieces, state_turns
+from .slots import await_full
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -147,15 +140,13 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
                         (2 * turn + side) % PIECES * COLUMNS + i * WIDTH,
                         HEAD_DIM,
                     )
-            release(slots, slot)
+            slots.release(slot)
         count += 1
     return count
 
 
 @gluon.jit
-def _merge_part(
-    x, shared, weight, old_weight, place, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr
-):
+def _merge_part(x, shared, weight, old_weight, place, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
     old = shared.load(x.type.layout)
     _store_columns(x, old, weight, old_weight, place, COLUMN, HEAD_DIM, True)
 

@@ -14,41 +14,29 @@ persistent: the producer draws tiles from a counter and hands their numbers to t
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .epilogue import LOG2_E, Outputs, load_lse2, store_tile
-from .slots import (
+from .epilogue import LOG2_E, Outputs
+from .forward_consumer import consume
+from .forward_program import (
+    FIELDS,
     ROWS,
+    WORK_FIELDS,
     Options,
     Program,
-    Slots,
-    await_empty,
-    await_full,
-    load,
-    make_bars,
-    make_slots,
     piece_at,
-    release,
     state_columns,
     state_piece,
     state_pieces,
     state_turns,
 )
+from .slots import Slots, await_empty, load, load_block, make_bars, make_blocks, make_slots
 from .tiles import Tables, block_start, draw, leave, load_band, next_work, skipped
 
-# The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
-FIRST_TURN = gl.constexpr(8)
+# The first named barrier that says a slot of K is empty; those of V follow.
+FIRST_EMPTY = gl.constexpr(11)
 # A cut V descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
 FAR = gl.constexpr(1 << 30)
-# What next_work returns: 7 numbers of the work and 8 of the band.
-WORK_FIELDS = gl.constexpr(7)
-FIELDS = gl.constexpr(15)
 
 
 @gluon.jit
@@ -57,9 +45,9 @@ def _load_v(program, v, count, batch, key_head, start, end):
     STAGES: gl.constexpr = program.options.STAGES
     if program.options.DOCUMENTS:
         coordinates = [FAR, end, FAR - end + start, key_head, 0]
-        load(v, coordinates, program.v, count % STAGES, count // STAGES)
+        load_block(v, coordinates, program.v, count, STAGES)
     else:
-        load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
+        load_block(v, [batch, key_head, start, 0], program.v, count, STAGES)
 
 
 @gluon.jit
@@ -69,7 +57,7 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
     end, n_full, n_edge = band[2], band[6], band[7]
     for i in range(begin, n_edge + n_full):
         start = block_start(band, i, program.options.BLOCK_N)
-        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load_block(k, [batch, key_head, start, 0], program.k, count, STAGES)
         _load_v(program, v, count, batch, key_head, start, end)
         count += 1
     return count
@@ -97,7 +85,7 @@ def _load_piece(program, state, slots, place, PIECE: gl.constexpr):
     COLUMNS: gl.constexpr = state_columns(program.options.BLOCK_D, BLOCK_N)
     batch, head, row, count = place
     slot = count % STAGES
-    await_empty(slots, slot, count // STAGES)
+    slots.await_empty(slot, count // STAGES)
     mbarrier.expect(slots.full.index(slot), state.block_type.nbytes)
     tma.async_copy_global_to_shared(
         state,
@@ -123,33 +111,6 @@ def _publish(items, tile, work, band):
 
 
 @gluon.jit
-def _field(items, slot, FIELD: gl.constexpr):
-    place = items.buffers.index(slot * FIELDS + FIELD)
-    return gl.sum(place.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _published(items, tile):
-    """Return work and band of this program's tile-th tile, once the producer knows them.
-
-    Through shared memory: each consumer reading the tables would wait twice for global memory, with
-    nothing else to do.
-    """
-    slot = tile & 1
-    await_full(items, slot, tile >> 1)
-    exists, row, row_end = _field(items, slot, 0), _field(items, slot, 1), _field(items, slot, 2)
-    entry, end_entry = _field(items, slot, 3), _field(items, slot, 4)
-    finishes, head = _field(items, slot, 5), _field(items, slot, 6)
-    first, last, end = _field(items, slot, 7), _field(items, slot, 8), _field(items, slot, 9)
-    lo, hi = _field(items, slot, 10), _field(items, slot, 11)
-    n_left, n_full = _field(items, slot, 12), _field(items, slot, 13)
-    n_edge = _field(items, slot, 14)
-    release(items, slot)
-    work = (exists, row, row_end, entry, end_entry, finishes, head)
-    return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
-
-
-@gluon.jit
 def _produce(program, q, k, v, state, counter_ptr):
     """Load, tile by tile, Q and then K and V of every block, in the order the consumers walk."""
     tables = program.tables
@@ -165,7 +126,7 @@ def _produce(program, q, k, v, state, counter_ptr):
         key_head = head // tables.group
         # The first block, which a tile that meets nothing has too, with nothing seen in it.
         start = block_start(band, 0, BLOCK_N)
-        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load_block(k, [batch, key_head, start, 0], program.k, count, STAGES)
         for c in gl.static_range(program.options.CONSUMERS):
             load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
         _load_v(program, v, count, batch, key_head, start, band[2])
@@ -184,249 +145,11 @@ def _produce(program, q, k, v, state, counter_ptr):
         if program.options.CARRY:
             count = _load_state(program, state, count, batch, head, row)
         band = next_band
+    # What the consumers have given back at the end, so that no barrier is left half full.
+    for i in gl.static_range(STAGES):
+        program.k.await_empty((count + i) % STAGES, (count + i) // STAGES)
+        program.v.await_empty((count + i) % STAGES, (count + i) // STAGES)
     leave(counter_ptr)
-
-
-@gluon.jit
-def _wait_turn(BARRIER: gl.constexpr):
-    """Wait at a named barrier until the consumer before has given its turn."""
-    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _give_turn(BARRIER: gl.constexpr):
-    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = f"bar.arrive {BARRIER}, 256;\n mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _count_below(x):
-    """Return how many of the columns 0, 1, 8, 9, 16, 17, .. up to 121 lie below x."""
-    return gl.minimum(gl.maximum((x >> 3) * 2 + gl.minimum(x & 7, 2), 0), 32)
-
-
-@gluon.jit
-def _lowest(n):
-    """Return an int32 with the n lowest bits set, for n from 0 to 32.
-
-    In two shifts: one by 32 is undefined, and LLVM copies a select into each test of a bit.
-    """
-    half = n >> 1
-    return ((1 << half) << (n - half)) - 1
-
-
-@gluon.jit
-def _seen(s, start, left, right):
-    """Return which scores s of columns [start, ..) each row sees: those in [left, right).
-
-    In a wgmma's result a thread holds two columns in every eight of a row, 2 q and 2 q + 1. One
-    int32 has a bit for each, found once a row. Compared one by one, ptxas computes all predicates
-    before the scores are there, and packs and unpacks them: 881 instructions a block, not 449.
-    """
-    N: gl.constexpr = s.shape[1]
-    offs_n = gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
-    origin = start + (offs_n & 6)[None, :]
-    below = _lowest(_count_below(right[:, None] - origin))
-    bits = below & ~_lowest(_count_below(left[:, None] - origin))
-    place = (offs_n >> 3) * 2 + (offs_n & 1)
-    return (bits >> place[None, :]) & 1 != 0
-
-
-@gluon.jit
-def _softmax(s, m_i, l_i, qk_scale, start, left, right, MASK: gl.constexpr):
-    """Return (p, alpha, m_i, l_i) after scores s [ROWS, BLOCK_N].
-
-    l_i [ROWS, 8] is the row sum in parts that lie in one thread each: no shuffles in the loop.
-    MASK: only columns [left, right) are seen.
-    """
-    N: gl.constexpr = s.shape[1]
-    if MASK:
-        s = gl.where(_seen(s, start, left, right), s, float("-inf"))
-    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
-    shift = m_new
-    if MASK:
-        # A row that has seen nothing yet must compute -inf - 0, not -inf - -inf.
-        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * qk_scale - shift[:, None])
-    alpha = gl.exp2(m_i - shift)
-    parts = gl.sum(gl.reshape(p, [ROWS, N // 8, 8]), 1)
-    scale = gl.convert_layout(alpha, gl.SliceLayout(1, parts.type.layout))
-    return p, alpha, m_new, l_i * scale[:, None] + parts
-
-
-@gluon.jit
-def _pack(p, dtype: gl.constexpr):
-    """Return float32 p rounded to `dtype`, two numbers an int32.
-
-    Carried round the loop as the operand of a product, it would cost 64 PRMT a block (ptxas 12.8).
-    """
-    low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
-    kind: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    asm: gl.constexpr = f"cvt.rn.{kind}.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(
-        asm, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _unpack(packed, layout: gl.constexpr, dtype: gl.constexpr):
-    """Return the numbers of _pack as an operand."""
-    low = packed.to(gl.int16).to(dtype, bitcast=True)
-    high = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
-    pairs = gl.join(low, high)
-    return gl.convert_layout(gl.reshape(pairs, [packed.shape[0], packed.shape[1] * 2]), layout)
-
-
-@gluon.jit
-def _issue_scores(program, slot, CONSUMER: gl.constexpr):
-    """Issue q k^T [ROWS, BLOCK_N] with the K of a slot; wait before reading it."""
-    BLOCK_N: gl.constexpr = program.options.BLOCK_N
-    BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
-    k_tile = program.k.buffers.index(slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _issue_product(program, slot, packed, acc):
-    """Issue acc + p v with the V of a slot; wait before reading it."""
-    BLOCK_N: gl.constexpr = program.options.BLOCK_N
-    BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    v_tile = program.v.buffers.index(slot).reshape([BLOCK_N, BLOCK_D])
-    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    p = _unpack(packed, layout, program.v.buffers.dtype)
-    return warpgroup_mma(p, v_tile, acc, is_async=True)
-
-
-@gluon.jit
-def _rescale(acc, alpha):
-    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-
-
-@gluon.jit
-def _step(
-    program,
-    count,
-    state,
-    qk_scale,
-    start,
-    left,
-    right,
-    MASK: gl.constexpr,
-    CONSUMER: gl.constexpr,
-):
-    """Take block `count`: its scores, beside them the product of the block before, its softmax.
-
-    `state` is (acc, packed, m_i, l_i, alpha): the product of all blocks but the one before, whose
-    p is packed, and whose alpha is due if RESCALE_LATE.
-    """
-    acc, packed, m_i, l_i, alpha = state
-    STAGES: gl.constexpr = program.options.STAGES
-    PING_PONG: gl.constexpr = program.options.PING_PONG
-    slot, previous = count % STAGES, (count - 1) % STAGES
-    await_full(program.k, slot, count // STAGES)
-    if PING_PONG:
-        _wait_turn(FIRST_TURN + CONSUMER)
-    s = _issue_scores(program, slot, CONSUMER)
-    if program.options.RESCALE_LATE:
-        acc = _rescale(acc, alpha)
-    await_full(program.v, previous, (count - 1) // STAGES)
-    acc = _issue_product(program, previous, packed, acc)
-    if PING_PONG:
-        _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
-    s = warpgroup_mma_wait(1, [s])
-    release(program.k, slot)
-    p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, right, MASK)
-    acc = warpgroup_mma_wait(0, [acc])
-    release(program.v, previous)
-    packed = _pack(p, program.v.buffers.dtype)
-    if not program.options.RESCALE_LATE:
-        acc = _rescale(acc, alpha)
-    return acc, packed, m_i, l_i, alpha
-
-
-@gluon.jit
-def _limits(band, offs_m):
-    """Return (left, right): each row sees columns [left, right) of a band's entry."""
-    last, lo, hi = band[1], band[3], band[4]
-    return offs_m + lo, gl.minimum(offs_m + hi + 1, last)
-
-
-@gluon.jit
-def _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER: gl.constexpr):
-    """Take an entry's blocks from the begin-th on, those with a mask first; return count, state."""
-    left, right = _limits(band, offs_m)
-    n_full, n_edge = band[6], band[7]
-    for i in range(begin, n_edge):
-        start = block_start(band, i, program.options.BLOCK_N)
-        state = _step(program, count, state, qk_scale, start, left, right, True, CONSUMER)
-        count += 1
-    for _ in range(gl.maximum(begin, n_edge), n_edge + n_full):
-        state = _step(program, count, state, qk_scale, 0, left, right, False, CONSUMER)
-        count += 1
-    return count, state
-
-
-@gluon.jit
-def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
-    """Attend rows [CONSUMER * ROWS, (CONSUMER + 1) * ROWS) of every tile of this program."""
-    tables = program.tables
-    BLOCK_N: gl.constexpr = program.options.BLOCK_N
-    BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    STAGES: gl.constexpr = program.options.STAGES
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    if program.options.PING_PONG and CONSUMER == program.options.CONSUMERS - 1:
-        _give_turn(FIRST_TURN)
-    count = 0  # of blocks
-    tile = 0
-    work, band = _published(program.items, tile)
-    while work[0] > 0:
-        _, row, row_end, entry, end_entry, finishes, head = work
-        offs_m = row + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-        # The first block has no product before it.
-        left, right = _limits(band, offs_m)
-        start = block_start(band, 0, BLOCK_N)
-        await_full(program.q, CONSUMER, tile)
-        await_full(program.k, count % STAGES, count // STAGES)
-        s = warpgroup_mma_wait(0, [_issue_scores(program, count % STAGES, CONSUMER)])
-        release(program.k, count % STAGES)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-        l_i = gl.sum(gl.reshape(zeros, [ROWS, BLOCK_N // 8, 8]), 1)
-        p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, right, True)
-        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        state = (acc, _pack(p, program.v.buffers.dtype), m_i, l_i, alpha)
-        count += 1
-        if program.options.ONE_ENTRY:
-            count, state = _walk(program, count, 1, band, offs_m, state, qk_scale, CONSUMER)
-        else:
-            for e in range(entry, end_entry):
-                band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
-                begin = skipped(e, entry)
-                count, state = _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER)
-        release(program.q, CONSUMER)
-        acc, packed, m_i, l_i, alpha = state
-        target = (outputs, head // tables.heads, head % tables.heads, row, row_end, finishes)
-        # Before the last product, which runs while it arrives.
-        old_lse2 = load_lse2(m_i, target, CONSUMER, program.options.CARRY)
-        # The last block's product.
-        if program.options.RESCALE_LATE:
-            acc = _rescale(acc, alpha)
-        await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
-        acc = _issue_product(program, (count - 1) % STAGES, packed, acc)
-        acc = warpgroup_mma_wait(0, [acc])
-        release(program.v, (count - 1) % STAGES)
-        count = store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER)
-        tile += 1
-        work, band = _published(program.items, tile)
-    if program.options.PING_PONG and CONSUMER == 0:
-        _wait_turn(FIRST_TURN)  # what the last consumer has given
 
 
 @gluon.jit(
@@ -486,11 +209,13 @@ def _hopper_fwd_kernel(
     accumulator is rescaled after the next scores are issued, not at the end of a step.
     """
     q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
-    k_slots = make_slots(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D])
+    k_slots = make_blocks(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D], FIRST_EMPTY)
     if DOCUMENTS:
-        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
+        box: gl.constexpr = [1, 1, BLOCK_N, 1, BLOCK_D]
+        v_slots = make_blocks(STAGES, CONSUMERS, v, box, FIRST_EMPTY + STAGES)
     else:
-        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
+        box: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
+        v_slots = make_blocks(STAGES, CONSUMERS, v, box, FIRST_EMPTY + STAGES)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
     full, empty = make_bars(2, CONSUMERS)
@@ -516,8 +241,8 @@ def _hopper_fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (program, outputs, qk_scale, 0)),
-                (_consume, (program, outputs, qk_scale, 1)),
+                (consume, (program, outputs, qk_scale, 0)),
+                (consume, (program, outputs, qk_scale, 1)),
                 (_produce, (program, q, k, v, state, counter_ptr)),
             ],
             [4, 1],
@@ -526,9 +251,9 @@ def _hopper_fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (program, outputs, qk_scale, 0)),
-                (_consume, (program, outputs, qk_scale, 1)),
-                (_consume, (program, outputs, qk_scale, 2)),
+                (consume, (program, outputs, qk_scale, 0)),
+                (consume, (program, outputs, qk_scale, 1)),
+                (consume, (program, outputs, qk_scale, 2)),
                 (_produce, (program, q, k, v, state, counter_ptr)),
             ],
             [4, 4, 1],

@@ -1,13 +1,9 @@
-"""What the warpgroups of a Hopper kernel share: slots in shared memory, and what is compiled in."""
+"""How the partitions of a Hopper kernel hand each other what lies in shared memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
-
-from .tiles import Tables
-
-ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's wgmma multiplies
 
 
 @aggregate
@@ -26,65 +22,40 @@ class Slots:
 
 
 @aggregate
-class Options:
-    """What is compiled in, see _hopper_fwd_kernel."""
+class Blocks:
+    """Slots that named barriers say are empty: FIRST for slot 0, FIRST + 1 for slot 1, ...
 
-    HEAD_DIM: gl.constexpr
-    BLOCK_D: gl.constexpr
-    BLOCK_N: gl.constexpr
-    CARRY: gl.constexpr
-    DOCUMENTS: gl.constexpr
-    ONE_ENTRY: gl.constexpr
-    CONSUMERS: gl.constexpr
-    STAGES: gl.constexpr
-    PING_PONG: gl.constexpr
-    RESCALE_LATE: gl.constexpr
+    To arrive at an mbarrier, Triton 3.6 first makes the warps of a partition meet. Arriving at a
+    named barrier takes one instruction, and no warp waits for another. There are 16, so this is for
+    what is handed over in the inner loop.
+    """
 
-    @gluon.constexpr_function
-    def __init__(
-        self,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_N,
-        CARRY,
-        DOCUMENTS,
-        ONE_ENTRY,
-        CONSUMERS,
-        STAGES,
-        PING_PONG,
-        RESCALE_LATE,
-    ):
-        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
-        self.BLOCK_D = gl.constexpr(BLOCK_D)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.CARRY = gl.constexpr(CARRY)
-        self.DOCUMENTS = gl.constexpr(DOCUMENTS)
-        self.ONE_ENTRY = gl.constexpr(ONE_ENTRY)
-        self.CONSUMERS = gl.constexpr(CONSUMERS)
-        self.STAGES = gl.constexpr(STAGES)
-        self.PING_PONG = gl.constexpr(PING_PONG)
-        self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
-
-
-@aggregate
-class Program:
-    """What producer and consumers share."""
-
-    tables: Tables
-    items: Slots
-    q: Slots
-    k: Slots
-    v: Slots
-    options: Options
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    FIRST: gl.constexpr
+    THREADS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, tables, items, q, k, v, options):
-        self.tables = tables
-        self.items = items
-        self.q = q
-        self.k = k
-        self.v = v
-        self.options = options
+    def __init__(self, buffers, full, FIRST, THREADS):
+        self.buffers = buffers
+        self.full = full
+        self.FIRST = gl.constexpr(FIRST)
+        self.THREADS = gl.constexpr(THREADS)
+
+    @gluon.jit
+    def release(self, slot):
+        """Say that this warpgroup has read a slot, which it has seen full."""
+        x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0 + (slot + self.FIRST)
+        asm: gl.constexpr = f"bar.arrive $1, {self.THREADS};\n mov.b32 $0, $1;"
+        gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+    @gluon.jit
+    def await_empty(self, slot, turn):
+        """Wait, as the one warp that fills the slots, until one may be filled again."""
+        if turn > 0:
+            x = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0 + (slot + self.FIRST)
+            asm: gl.constexpr = f"bar.sync $1, {self.THREADS};\n mov.b32 $0, $1;"
+            gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -93,6 +64,29 @@ def make_slots(N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
     full, empty = make_bars(N, READERS)
     return Slots(buffers, full, empty)
+
+
+@gluon.jit
+def make_blocks(
+    N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr, FIRST: gl.constexpr
+):
+    """Return N slots for the boxes of a descriptor, emptied by READERS warpgroups."""
+    buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(full.index(i), count=1)
+    return Blocks(buffers, full, FIRST, READERS * 128 + 32)
+
+
+@gluon.jit
+def load_block(desc, coordinates, blocks, count, STAGES: gl.constexpr):
+    """Load the count-th box into its slot, once that is free."""
+    slot = count % STAGES
+    blocks.await_empty(slot, count // STAGES)
+    mbarrier.expect(blocks.full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        desc, coordinates, blocks.full.index(slot), blocks.buffers.index(slot)
+    )
 
 
 @gluon.jit
@@ -130,38 +124,3 @@ def load(desc, coordinates, slots, slot, turn):
     tma.async_copy_global_to_shared(
         desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
     )
-
-
-@gluon.constexpr_function
-def state_pieces(BLOCK_N):
-    """Return in how many pieces, side by side, a consumer's rows of the old state lie.
-
-    They take the room of blocks of K and V, in turn: piece p of all lies in K if p is even, in V if
-    odd, p // 2 turns on.
-    """
-    return 128 // BLOCK_N
-
-
-@gluon.constexpr_function
-def state_columns(BLOCK_D, BLOCK_N):
-    """Return the columns of a piece: ROWS of float32 fill a slot of BLOCK_N rows of 16 bits."""
-    return BLOCK_D * BLOCK_N // 128
-
-
-@gluon.constexpr_function
-def state_turns(CONSUMERS, BLOCK_N):
-    """Return how many slots of K, and of V, the old state takes."""
-    return (CONSUMERS * (128 // BLOCK_N) + 1) // 2
-
-
-@gluon.constexpr_function
-def piece_at(turn, side, CONSUMERS, BLOCK_N):
-    """Return the piece of a slot of K (side 0) or V; after an odd number V has the last again."""
-    return min(2 * turn + side, CONSUMERS * (128 // BLOCK_N) - 1)
-
-
-@gluon.jit
-def state_piece(slots, slot, COLUMNS: gl.constexpr):
-    """Return a slot of K or V as a piece of the old state [1, 1, ROWS, COLUMNS] float32."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, COLUMNS], gl.float32)
-    return slots.buffers.index(slot)._reinterpret(gl.float32, [1, 1, ROWS, COLUMNS], layout)
