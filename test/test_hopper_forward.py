@@ -155,18 +155,18 @@ def test_any_number_of_stages(emulated, stages):
 
 
 BUGS = {
-    "no wait for K": ("    _await_full(program.k, slot, count // STAGES)\n", ""),
-    "no wait for V": ("    _await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
-    "no wait for Q": ("        _await_full(program.q, CONSUMER, tile)\n", ""),
+    "no wait for K": ("    await_full(program.k, slot, count // STAGES)\n", ""),
+    "no wait for V": ("    await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
+    "no wait for Q": ("        await_full(program.q, CONSUMER, tile)\n", ""),
     "V released before its product": (
         "    s = warpgroup_mma_wait(1, [s])\n",
-        "    s = warpgroup_mma_wait(1, [s])\n    _release(program.v, previous)\n",
+        "    s = warpgroup_mma_wait(1, [s])\n    release(program.v, previous)\n",
     ),
-    "K never released": ("    _release(program.k, slot)\n", ""),
+    "K never released": ("    release(program.k, slot)\n", ""),
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
     "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
-    "a turn given and not taken": ("        _wait_turn(FIRST_TURN)  #", "        pass  #"),
+    "a turn given and not taken": ("        meet(FIRST_TURN)  #", "        pass  #"),
     "no rescaling": ("        acc = _rescale(acc, alpha)\n    return", "        pass\n    return"),
     "first block counted twice": ("count, 1, band, offs_m", "count, 0, band, offs_m"),
     "mask a column too wide": ("minimum(offs_m + hi + 1,", "minimum(offs_m + hi + 2,"),

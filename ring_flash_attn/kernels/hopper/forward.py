@@ -17,13 +17,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
 
 from .epilogue import LOG2_E, Outputs, store_tile
+from .slots import (
+    FAR,
+    Slots,
+    await_empty,
+    await_full,
+    load,
+    make_bars,
+    make_slots,
+    meet,
+    release,
+)
 from .tiles import (
     Tables,
     block_start,
@@ -38,23 +48,6 @@ from .tiles import (
 ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's wgmma multiplies
 # The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
 FIRST_TURN = gl.constexpr(8)
-# A cut V descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
-FAR = gl.constexpr(1 << 30)
-
-
-@aggregate
-class Slots:
-    """Slots in shared memory, each with a barrier that it is full and one that it is empty."""
-
-    buffers: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(self, buffers, full, empty):
-        self.buffers = buffers
-        self.full = full
-        self.empty = empty
 
 
 @aggregate
@@ -120,59 +113,14 @@ class Program:
 
 
 @gluon.jit
-def _make_slots(N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr):
-    """Return N slots for the boxes of a descriptor, each emptied by READERS partitions."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    full, empty = _make_bars(N, READERS)
-    return Slots(buffers, full, empty)
-
-
-@gluon.jit
-def _make_bars(N: gl.constexpr, READERS: gl.constexpr):
-    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=READERS)
-    return full, empty
-
-
-@gluon.jit
-def _await_full(slots, slot, turn):
-    """Wait until a slot is filled for the turn-th time."""
-    mbarrier.wait(slots.full.index(slot), turn & 1)
-
-
-@gluon.jit
-def _await_empty(slots, slot, turn):
-    """Wait until a slot is free to be filled for the turn-th time."""
-    mbarrier.wait(slots.empty.index(slot), turn & 1 ^ 1)
-
-
-@gluon.jit
-def _release(slots, slot):
-    mbarrier.arrive(slots.empty.index(slot), count=1)
-
-
-@gluon.jit
-def _load(desc, coordinates, slots, slot, turn):
-    """Load a box into a slot, once that is free."""
-    _await_empty(slots, slot, turn)
-    mbarrier.expect(slots.full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
-    )
-
-
-@gluon.jit
 def _load_v(program, v, count, batch, key_head, start, end):
     """Load V from row `start` on for the count-th block. DOCUMENTS: zeros from row `end` on."""
     STAGES: gl.constexpr = program.options.STAGES
     if program.options.DOCUMENTS:
         coordinates = [FAR, end, FAR - end + start, key_head, 0]
-        _load(v, coordinates, program.v, count % STAGES, count // STAGES)
+        load(v, coordinates, program.v, count % STAGES, count // STAGES)
     else:
-        _load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
+        load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
 
 
 @gluon.jit
@@ -182,7 +130,7 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
     end, n_full, n_edge = band[2], band[6], band[7]
     for i in range(begin, n_edge + n_full):
         start = block_start(band, i, program.options.BLOCK_N)
-        _load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         _load_v(program, v, count, batch, key_head, start, end)
         count += 1
     return count
@@ -192,7 +140,7 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
 def _publish(items, index, tile):
     """Tell the consumers the work item of this program's tile-th tile."""
     slot = tile & 1
-    _await_empty(items, slot, tile >> 1)
+    await_empty(items, slot, tile >> 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     items.buffers.index(slot).store(gl.full([1], index, gl.int32, layout))
     mbarrier.arrive(items.full.index(slot), count=1)
@@ -202,9 +150,9 @@ def _publish(items, index, tile):
 def _published(items, tile):
     """Return the work item of this program's tile-th tile, once the producer knows it."""
     slot = tile & 1
-    _await_full(items, slot, tile >> 1)
+    await_full(items, slot, tile >> 1)
     index = gl.sum(items.buffers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    _release(items, slot)
+    release(items, slot)
     return index
 
 
@@ -225,9 +173,9 @@ def _produce(program, q, k, v, counter_ptr):
         # The first block, which a tile that meets nothing has too, with nothing seen in it.
         band = load_band(tables, entry, end_entry, row, row_end, BLOCK_N)
         start = block_start(band, 0, BLOCK_N)
-        _load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         for c in gl.static_range(program.options.CONSUMERS):
-            _load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
+            load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
         _load_v(program, v, count, batch, key_head, start, band[2])
         count += 1
         # Drawn now, so that the consumers know it when they finish this tile.
@@ -242,14 +190,6 @@ def _produce(program, q, k, v, counter_ptr):
                 begin = skipped(e, entry)
                 count = _load_blocks(program, k, v, count, begin, band, batch, key_head)
     leave(counter_ptr)
-
-
-@gluon.jit
-def _wait_turn(BARRIER: gl.constexpr):
-    """Wait at a named barrier until the consumer before has given its turn."""
-    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -355,21 +295,21 @@ def _step(
     STAGES: gl.constexpr = program.options.STAGES
     PING_PONG: gl.constexpr = program.options.PING_PONG
     slot, previous = count % STAGES, (count - 1) % STAGES
-    _await_full(program.k, slot, count // STAGES)
+    await_full(program.k, slot, count // STAGES)
     if PING_PONG:
-        _wait_turn(FIRST_TURN + CONSUMER)
+        meet(FIRST_TURN + CONSUMER)
     s = _issue_scores(program, slot, CONSUMER)
     if program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
-    _await_full(program.v, previous, (count - 1) // STAGES)
+    await_full(program.v, previous, (count - 1) // STAGES)
     acc = _issue_product(program, previous, packed, acc)
     if PING_PONG:
         _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
     s = warpgroup_mma_wait(1, [s])
-    _release(program.k, slot)
+    release(program.k, slot)
     p, alpha, m_i, l_i = _softmax(s, m_i, l_i, qk_scale, start, left, width, MASK)
     acc = warpgroup_mma_wait(0, [acc])
-    _release(program.v, previous)
+    release(program.v, previous)
     packed = _pack(p, program.v.buffers.dtype)
     if not program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
@@ -420,10 +360,10 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         # The first block has no product before it.
         left, width = _limits(band, offs_m)
         start = block_start(band, 0, BLOCK_N)
-        _await_full(program.q, CONSUMER, tile)
-        _await_full(program.k, count % STAGES, count // STAGES)
+        await_full(program.q, CONSUMER, tile)
+        await_full(program.k, count % STAGES, count // STAGES)
         s = warpgroup_mma_wait(0, [_issue_scores(program, count % STAGES, CONSUMER)])
-        _release(program.k, count % STAGES)
+        release(program.k, count % STAGES)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
         l_i = gl.sum(gl.reshape(zeros, [ROWS, BLOCK_N // 8, 8]), 1)
@@ -438,15 +378,15 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
                 begin = skipped(e, entry)
                 count, state = _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER)
-        _release(program.q, CONSUMER)
+        release(program.q, CONSUMER)
         acc, packed, m_i, l_i, alpha = state
         # The last block's product.
         if program.options.RESCALE_LATE:
             acc = _rescale(acc, alpha)
-        _await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
+        await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
         acc = _issue_product(program, (count - 1) % STAGES, packed, acc)
         acc = warpgroup_mma_wait(0, [acc])
-        _release(program.v, (count - 1) % STAGES)
+        release(program.v, (count - 1) % STAGES)
         store_tile(
             acc,
             m_i,
@@ -463,7 +403,7 @@ def _consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         tile += 1
         index = _published(program.items, tile)
     if program.options.PING_PONG and CONSUMER == 0:
-        _wait_turn(FIRST_TURN)  # what the last consumer has given
+        meet(FIRST_TURN)  # what the last consumer has given
 
 
 @gluon.jit(
@@ -521,14 +461,14 @@ def _hopper_fwd_kernel(
     ONE_ENTRY: no tile has more. PING_PONG: consumers issue products in turn. RESCALE_LATE: an
     accumulator is rescaled after the next scores are issued, not at the end of a step.
     """
-    q_slots = _make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
-    k_slots = _make_slots(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D])
+    q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
+    k_slots = make_slots(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D])
     if DOCUMENTS:
-        v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
+        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, 1, BLOCK_D])
     else:
-        v_slots = _make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
+        v_slots = make_slots(STAGES, CONSUMERS, v, [1, 1, BLOCK_N, BLOCK_D])
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = _make_bars(2, CONSUMERS)
+    full, empty = make_bars(2, CONSUMERS)
     fence_async_shared()
     options = Options(
         HEAD_DIM,

@@ -1,0 +1,96 @@
+"""How the partitions of a Hopper kernel hand each other what lies in shared memory."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+# A cut descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
+FAR = gl.constexpr(1 << 30)
+
+
+@aggregate
+class Slots:
+    """Slots in shared memory, each with a barrier that it is full and one that it is empty."""
+
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, buffers, full, empty):
+        self.buffers = buffers
+        self.full = full
+        self.empty = empty
+
+
+@gluon.jit
+def make_slots(
+    N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr, WRITERS: gl.constexpr = 1
+):
+    """Return N slots for the boxes of a descriptor, each emptied by READERS partitions.
+
+    WRITERS: arrivals that fill a slot, that of a load's `expect` among them.
+    """
+    buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
+    full, empty = make_bars(N, READERS, WRITERS)
+    return Slots(buffers, full, empty)
+
+
+@gluon.jit
+def make_bars(N: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """Return the barriers (full, empty) of N slots."""
+    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(full.index(i), count=WRITERS)
+        mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def await_full(slots, slot, turn):
+    """Wait until a slot is filled for the turn-th time."""
+    mbarrier.wait(slots.full.index(slot), turn & 1)
+
+
+@gluon.jit
+def await_empty(slots, slot, turn):
+    """Wait until a slot is free to be filled for the turn-th time."""
+    mbarrier.wait(slots.empty.index(slot), turn & 1 ^ 1)
+
+
+@gluon.jit
+def release(slots, slot):
+    """Say that this partition has read a slot."""
+    mbarrier.arrive(slots.empty.index(slot), count=1)
+
+
+@gluon.jit
+def load(desc, coordinates, slots, slot, turn):
+    """Load a box into a slot, once that is free."""
+    await_empty(slots, slot, turn)
+    mbarrier.expect(slots.full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
+    )
+
+
+@gluon.jit
+def meet(BARRIER: gl.constexpr):
+    """Wait at a named barrier for another warpgroup. The compiler takes its own from 0 up."""
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def box_at(batch, head, row, end, column, DOCUMENTS: gl.constexpr):
+    """Return the coordinates of a box that begins at a row and a column.
+
+    DOCUMENTS: those of a cut descriptor (backends/descriptors.py), whose rows end at `end`.
+    """
+    if DOCUMENTS:
+        return FAR, end, FAR - end + row, head, column
+    else:
+        return batch, head, row, column
