@@ -26,11 +26,9 @@ from .backward_consumer import consume
 from .epilogue import LOG2_E
 from .slots import (
     Slots,
-    await_empty,
     await_full,
     box_at,
     load,
-    make_bars,
     make_slots,
     release,
 )

@@ -63,7 +63,7 @@ def forward_config(head_dim: int) -> ForwardConfig | None:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """One row. A tile has KEY_ROWS key rows, 64 for each of two consumers.
+    """One row. There are two consumers.
 
     Attributes:
         block_m: query rows of a block, 64 or 128.
@@ -87,12 +87,15 @@ class BackwardConfig:
         """Registers a thread: at launch, then of a consumer, and of the producer and the writer."""
         return 168, 240, 24
 
+    @property
+    def key_rows(self) -> int:
+        """Key rows of a tile, 64 for each consumer."""
+        return 128
 
-KEY_ROWS = 128
 
 BACKWARD = {
     64: BackwardConfig(dq_stages=2),
-    128: BackwardConfig(),
+    128: BackwardConfig(spills=40),
 }
 
 
