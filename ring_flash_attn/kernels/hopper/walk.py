@@ -60,11 +60,11 @@ def load_queries(walk, entry, BLOCK: gl.constexpr):
 
 @gluon.jit
 def count_blocks(walk, BLOCK: gl.constexpr):
-    """Return how many blocks of one query head the tile meets: 0 if it has no rows."""
+    """Return how many blocks of one query head the tile meets: 0 without entries, so of no rows."""
     total = 0
     for entry in range(walk.first_entry, walk.end_entry):
         total += load_queries(walk, entry, BLOCK)[4]
-    return gl.where(walk.row < walk.row_end, total, 0)
+    return total
 
 
 @gluon.jit
