@@ -13,7 +13,7 @@ import torch
 import oracle
 from gluon_emulator import EmulationError, load_module
 from gluon_memory import TensorDescriptor
-from ring_flash_attn.backends import hopper
+from ring_flash_attn.backends import hopper, hopper_backward
 from ring_flash_attn.backends import triton as triton_backend
 from ring_flash_attn.backends.base import GradTarget
 from ring_flash_attn.core.attention import Attention
@@ -260,9 +260,17 @@ def prepared(backend, mask, given):
     return backend.prepare_backward(given.dout, out, lse, given.dlse)
 
 
-@pytest.mark.parametrize("mask", [CAUSAL, FULL, (True, (30, 0))], ids=mask_id)
-@pytest.mark.parametrize(("layout", "head_dim"), [("stripe", 128), ("zigzag", 64), ("stripe", 96)])
-def test_documents_equal_dense_and_nan_stays_in_its_own(emulated, layout, head_dim, mask):
+PACKED = [
+    ("stripe", CAUSAL, 128),
+    ("stripe", FULL, 64),
+    ("stripe", (True, (30, 0)), 96),
+    ("zigzag", CAUSAL, 64),
+    ("zigzag", (True, (30, 0)), 128),
+]
+
+
+@pytest.mark.parametrize(("layout", "mask", "head_dim"), PACKED, ids=str)
+def test_documents_equal_dense_and_nan_stays_in_its_own(emulated, layout, mask, head_dim):
     backend = emulated()
     given = inputs(Shape(sum(FILLED), sum(FILLED), 1, 2, 1, head_dim), torch.bfloat16)
     got = documents(backend, layout, mask, given, prepared(backend, mask, given))
@@ -290,6 +298,40 @@ def leaked(backend, layout, mask, given, got):
     others = [*range(begin), *range(end, EDGES[-1])]
     pairs = zip(GRADIENTS, got, again, strict=True)
     return [name for name, x, y in pairs if not torch.equal(x[:, others], y[:, others])]
+
+
+LEAKS = {
+    "rows past the entry": ("FAR, end, FAR - end + row", "FAR, end + 5, FAR - end - 5 + row"),
+    "lse past the entry": ("inside = rows < end", "inside = rows < end + 5"),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_planted_leaks_are_seen(emulated, name):
+    given = inputs(Shape(sum(FILLED), sum(FILLED), 1, 2, 1, 64), torch.bfloat16)
+    backend = emulated()
+    got = documents(backend, "stripe", FULL, given, prepared(backend, FULL, given))
+    backend = emulated(bugs=dict([LEAKS[name]]))
+    assert leaked(backend, "stripe", FULL, given, got)
+
+
+def test_a_row_that_no_tile_has_stays_as_it_was(emulated):
+    """Zigzag needs even lengths; an odd one that nobody checked must be loud."""
+    backend, edges = emulated(), torch.tensor([0, 20, 33, 50], dtype=torch.int32)
+    given = inputs(Shape(50, 50, 1, 2, 1, 64), torch.bfloat16)
+    attention = Attention(SCALE, True)
+    plan = on_device(plan_packed(attention, "zigzag", 2, 0), Documents(edges, edges, 50, 50))
+    lse = torch.zeros(given.dlse.shape)
+    saved = backend.prepare_backward(given.dout, torch.zeros_like(given.q), lse, None)
+    result, dq = poisoned(given.q, given.q.dtype), poisoned(given.q, torch.float32)
+    for step in plan.steps:
+        target = GradTarget(*(torch.zeros(given.k.shape) for _ in range(2)), not step.first)
+        arguments = step, saved, *given[:3], dq
+        backend.backward(attention, *arguments, lambda target=target: target, result)
+    missed = [32, 49]
+    assert result[:, missed].isnan().all()
+    result[:, missed] = 0
+    assert result.isfinite().all()
 
 
 WAIT_DV = "    dv = warpgroup_mma_wait(CONSUMERS + 1, [dv])\n"
@@ -354,3 +396,39 @@ def test_planted_bugs_are_seen(emulated, name):
 
 def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
     assert not planted(emulated)
+
+
+def test_deterministic_gradients_come_from_the_portable_kernels(emulated):
+    backend = emulated()
+    x = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    choose = [backend._choices(Attention(1.0, deterministic=d), x, False) for d in (False, True)]
+    assert choose[0].hopper_backward is BACKWARD[64] and choose[1].hopper_backward is None
+    assert choose[0].hopper_forward is None
+    assert {side.tile_rows for side in choose[0].sides if side.keys} == {BACKWARD[64].key_rows}
+
+
+def test_reasons_against_it():
+    unsupported = hopper_backward.unsupported
+    assert unsupported(90, torch.bfloat16, 128) == []
+    assert "sm_100" in unsupported(100, torch.bfloat16, 128)[0]
+    assert "float32" in unsupported(90, torch.float32, 128)[0]
+    assert "any order" in unsupported(90, torch.bfloat16, 128, deterministic=True)[0]
+    for head_dim in (8, 32, 44, 136, 256):
+        assert str(head_dim) in unsupported(90, torch.float16, head_dim)[0]
+    assert len(unsupported(80, torch.float32, 256, deterministic=True)) == 4
+
+
+def test_what_it_can_address():
+    def sources(**changed):
+        x = torch.zeros(1, 6, 4, 64, dtype=torch.bfloat16)
+        return dict.fromkeys(("q", "k", "v", "dout"), x) | changed
+
+    addresses, dq = hopper_backward.addresses, torch.zeros(1, 6, 4, 64)
+    for documents in (False, True):
+        assert addresses(sources(), None, documents) and addresses(sources(), dq, documents)
+        assert not addresses(sources(), dq.bfloat16(), documents)
+        assert not addresses(sources(), torch.zeros(1, 6, 4, 65)[..., :64], documents)
+        odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
+        assert not addresses(sources(dout=odd), dq, documents)
+    two = torch.zeros(2, 6, 4, 64, dtype=torch.bfloat16)
+    assert addresses(sources(k=two), dq, False) and not addresses(sources(k=two), dq, True)

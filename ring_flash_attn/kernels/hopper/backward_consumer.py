@@ -13,11 +13,12 @@ from .epilogue import LOG2_E, store_gradient
 from .slots import await_empty, await_full, meet, release
 from .walk import begin_walk, next_place, query_row
 
-ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # key rows of a consumer: what one warpgroup's wgmma multiplies
 # Named barriers at which the consumers meet.
 DS_FULL = gl.constexpr(8)
 DS_EMPTY = gl.constexpr(9)
+# Further than any query row, and near enough for the difference to fit.
 NOWHERE = gl.constexpr(1 << 30)
 
 
