@@ -24,6 +24,7 @@ class Job:
     """One kernel to compile: its pass, the part, the inputs, the launch configuration.
 
     Attributes:
+        pass_: of kernels.configs, or "backward": the Hopper kernel that does dq and dkv.
         adds: whether it reads and adds what is there (CARRY, ADD), or stores.
         documents: whether it reads packed documents.
         one_entry: of the Hopper forward, whether its tiles meet one entry each; None: a portable
@@ -47,6 +48,7 @@ class Job:
         how = "adds" if self.adds else "stores"
         how += "-documents" if self.documents else ""
         how += {None: "", True: "-hopper", False: "-hopper-list"}[self.one_entry]
+        how += "-hopper" if self.pass_ == "backward" else ""
         return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
 
 
@@ -61,6 +63,7 @@ class Report:
         shared: bytes of shared memory a program.
         wgmma, mma_sync, tcgen05: tensor-core instructions in the PTX, by generation.
         tma_loads: bulk tensor copies from global to shared memory in the PTX.
+        tma_adds: bulk tensor reductions in global memory in the PTX.
         serialized: ptxas's lines on wgmmas that it could not overlap (C7510 to C7514).
     """
 
@@ -72,6 +75,7 @@ class Report:
     mma_sync: int = 0
     tcgen05: int = 0
     tma_loads: int = 0
+    tma_adds: int = 0
     serialized: tuple[str, ...] = ()
 
 
@@ -94,6 +98,8 @@ def compile_all(jobs: list[Job]) -> list[Report]:
 def compile_job(job: Job) -> Report:
     """Compile one job here and now. TRITON_INTERPRET must be unset."""
     try:
+        if job.pass_ == "backward":
+            return _report(_compile_hopper_backward(job), job.arch)
         compiled = _compile(job) if job.one_entry is None else _compile_hopper(job)
         return _report(compiled, job.arch)
     except Exception as failure:  # Whatever the compiler raises is the result.
@@ -178,6 +184,52 @@ def _compile_hopper(job: Job):
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
 
 
+def _compile_hopper_backward(job: Job):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from ring_flash_attn.kernels.hopper.backward import _hopper_bwd_kernel
+    from ring_flash_attn.kernels.hopper.configs import backward_config
+
+    config = backward_config(job.head_dim)
+    assert config is not None, job
+    block_d = max(64, 1 << (job.head_dim - 1).bit_length())
+    at_launch, consumer, others = config.registers
+    constants = {
+        "HEAD_DIM": job.head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": config.block_m,
+        "ADD": job.adds,
+        "DOCUMENTS": job.documents,
+        "Q_STAGES": config.q_stages,
+        "DOUT_STAGES": config.dout_stages,
+        "DS_STAGES": config.ds_stages,
+        "DQ_STAGES": config.dq_stages,
+        "EARLY": config.early,
+        "CONSUMER_REGISTERS": consumer,
+        "OTHER_REGISTERS": others,
+    }
+    element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
+    rows, columns = config.block_m, block_d // 2 if config.block_m == 64 else block_d
+    of_inputs = {"q": rows, "dout": rows, "k": 64, "v": 64}
+    boxes = {name: (n, block_d, job.dtype, element) for name, n in of_inputs.items()}
+    boxes["dq"] = 64, columns, "float32", gl.float32
+    signature = {}
+    for name in _hopper_bwd_kernel.arg_names:
+        if name in boxes:
+            n, width, dtype, kind = boxes[name]
+            box = [1, 1, n, 1, width] if job.documents else [1, 1, n, width]
+            layout = gl.NVMMASharedLayout.get_default_for(box, kind)
+            signature[name] = f"tensordesc<{TRITON_NAMES[dtype]}{box},{layout!r}>"
+        else:
+            signature[name] = _type(name, job, constants)
+    source = GluonASTSource(_hopper_bwd_kernel, signature, constants, _multiples_of_16(signature))
+    options = {"num_warps": job.num_warps, "maxnreg": at_launch}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
 def _type(name: str, job: Job, constants: dict) -> str | tuple[str, ...]:
     """Return Triton's type of a kernel argument, by its name."""
     dtype = TRITON_NAMES[job.dtype]
@@ -224,6 +276,7 @@ def _report(compiled, arch: int) -> Report:
         mma_sync=ptx.count("mma.sync"),
         tcgen05=ptx.count("tcgen05.mma"),
         tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
+        tma_adds=len(re.findall(r"cp\.reduce\.async\.bulk\.tensor\.\dd\.global.*\.add", ptx)),
         serialized=tuple(line for line in log.splitlines() if re.search(r"C751\d", line)),
     )
 

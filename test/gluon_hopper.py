@@ -60,7 +60,7 @@ def store_wait(pendings: int) -> None:
     """Wait until at most so many TMA stores and reductions of the partition are in flight."""
     stores = here().stores
     if len(stores) > pendings:
-        here().scheduler.give_way_to_all("TMA stores")
+        here().scheduler.give_way_to_all("TMA stores", last=True)
     while len(stores) > pendings:
         stores.pop(0)()
 

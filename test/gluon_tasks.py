@@ -60,7 +60,8 @@ def _never() -> bool:
 class Task:
     """A partition: what it runs, what it waits for, and what it has in flight.
 
-    It can go on if `ready` says so, or once `complete` has ended what is asynchronous and says so.
+    It can go on if `ready` says so, or once `complete` has ended what is asynchronous and says so;
+    with `last` only when nobody else can.
     `products` are its wgmmas not executed yet, `stores` its TMA stores, both oldest first.
     """
 
@@ -72,6 +73,7 @@ class Task:
         self.turn = threading.Semaphore(0)
         self.ready: Callable[[], bool] = _always
         self.complete: Callable[[], bool] = _never
+        self.last = False
         self.waits_for: Callable[[], str] | str = ""
         self.finished = False
         self.products: list[Any] = []
@@ -181,9 +183,14 @@ class Scheduler:
         self.check()
         me.ready, me.complete = _always, _never
 
-    def give_way_to_all(self, waits_for: str) -> None:
-        """Let others run until none of them can: then what the caller has in flight may end."""
+    def give_way_to_all(self, waits_for: str, last: bool = False) -> None:
+        """Let others run until none of them can: then what the caller has in flight may end.
+
+        With `last` also what the others have in flight ends before, if that lets them go on.
+        """
+        here().last = last
         self.give_way(_never, waits_for, _always)
+        here().last = False
 
     def end(self, task: Task, error: Exception | None) -> None:
         """Note that a partition has ended, and hand its turn on."""
@@ -207,6 +214,7 @@ class Scheduler:
             self._random.shuffle(line)
             return next((x for x in line if x.ready() or x.complete()), None)
         ready = next((x for x in line if x.ready()), None)
+        line.sort(key=lambda x: x.last)
         return ready or next((x for x in line if x.complete()), None)
 
     def _report_deadlock(self) -> None:

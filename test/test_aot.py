@@ -20,7 +20,12 @@ from ring_flash_attn.kernels.configs import (
     LaunchConfig,
     launch_config,
 )
-from ring_flash_attn.kernels.hopper.configs import FORWARD, forward_config
+from ring_flash_attn.kernels.hopper.configs import (
+    BACKWARD,
+    FORWARD,
+    backward_config,
+    forward_config,
+)
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -114,12 +119,35 @@ def hopper() -> list[Job]:
     return jobs
 
 
+def hopper_backward() -> list[Job]:
+    """Every row of the Hopper backward in two of its forms, and what borrows the rows."""
+    forms = [
+        # head_dim, dtype, adds, documents
+        *((head_dim, "bfloat16", False, False) for head_dim in BACKWARD),
+        *((head_dim, "bfloat16", True, True) for head_dim in BACKWARD),
+        (128, "float16", True, False),
+        (80, "bfloat16", False, True),
+        (40, "float16", True, False),
+    ]
+    jobs = []
+    for head_dim, dtype, adds, documents in forms:
+        config = backward_config(head_dim)
+        assert config is not None
+        tile = config.block_m, config.key_rows, 4, config.q_stages
+        jobs.append(Job("backward", 90, head_dim, dtype, *tile, True, adds, documents))
+    return jobs
+
+
+def every_job() -> list[Job]:
+    return rows() + borrowed() + packed() + hopper() + hopper_backward()
+
+
 TENSOR_CORES = {80: "mma_sync", 86: "mma_sync", 90: "wgmma", 100: "tcgen05"}
 
 
 @cache
 def reports() -> dict[Job, Report]:
-    jobs = rows() + borrowed() + packed() + hopper()
+    jobs = every_job()
     return dict(zip(jobs, compile_all(jobs), strict=True))
 
 
@@ -140,7 +168,7 @@ def budget() -> dict[str, dict[str, int]]:
         }
 
 
-@pytest.mark.parametrize("job", rows() + borrowed() + packed() + hopper(), ids=str)
+@pytest.mark.parametrize("job", every_job(), ids=str)
 def test_uses_no_more_than_its_budget(job: Job):
     report, allowed = reports()[job], budget()[str(job)]
     for name in BUDGETED:
@@ -148,7 +176,7 @@ def test_uses_no_more_than_its_budget(job: Job):
 
 
 def test_every_budget_is_of_a_kernel_that_is_compiled():
-    assert set(budget()) == {str(job) for job in rows() + borrowed() + packed() + hopper()}
+    assert set(budget()) == {str(job) for job in every_job()}
 
 
 @pytest.mark.parametrize("job", rows(), ids=str)
@@ -183,13 +211,26 @@ def test_hopper_rows(job: Job):
     assert report.wgmma and report.tma_loads and not report.mma_sync
 
 
-def test_registers_of_the_hopper_forward_are_what_a_multiprocessor_has():
-    for config in FORWARD.values():
-        at_launch, consumer, producer = config.registers
-        warpgroups = config.consumers + 1
+@pytest.mark.parametrize("job", hopper_backward(), ids=str)
+def test_hopper_backward_rows(job: Job):
+    report, config = reports()[job], backward_config(job.head_dim)
+    assert not report.error
+    assert config is not None and report.spills <= config.spills
+    assert not report.serialized
+    assert report.shared <= shared_memory(job.arch)
+    assert report.registers == config.registers[0]
+    assert report.wgmma and report.tma_loads and report.tma_adds and not report.mma_sync
+
+
+def test_registers_of_the_hopper_kernels_are_what_a_multiprocessor_has():
+    both = [(config, config.consumers) for config in FORWARD.values()]
+    both += [(config, 2) for config in BACKWARD.values()]
+    for config, consumers in both:
+        at_launch, consumer, others = config.registers
+        warpgroups = consumers + 1
         assert at_launch * warpgroups * 128 <= 65536
         # More than was launched with would wait for registers that nobody gives back.
-        assert config.consumers * consumer + producer <= at_launch * warpgroups
+        assert consumers * consumer + others <= at_launch * warpgroups
 
 
 def test_every_pass_head_dim_and_dtype_has_a_row():

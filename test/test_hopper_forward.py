@@ -166,7 +166,7 @@ BUGS = {
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
     "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
-    "a turn given and not taken": ("        _wait_turn(FIRST_TURN)  #", "        pass  #"),
+    "a turn given and not taken": ("        meet(FIRST_TURN)  #", "        pass  #"),
     "no rescaling": ("        acc = _rescale(acc, alpha)\n    return", "        pass\n    return"),
     "first block counted twice": ("count, 1, band, offs_m", "count, 0, band, offs_m"),
     "mask a column too wide": ("minimum(offs_m + hi + 1,", "minimum(offs_m + hi + 2,"),

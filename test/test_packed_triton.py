@@ -13,6 +13,7 @@ import oracle
 from packed_cases import PackedCase, packed_errors, packed_grid
 from ranks import run_ranks
 from ring_cases import TENSORS
+from ring_flash_attn.backends import hopper
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.function import Call, run_backward, run_forward
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
@@ -106,6 +107,14 @@ def oracle_edges(lengths):
     return [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
 
+def assert_same(name, x, y):
+    """Compare bit for bit, but for the Hopper backward's dq, which is summed in any order."""
+    if name == "dq" and hopper.WANTED:
+        torch.testing.assert_close(x, y)
+    else:
+        assert torch.equal(x, y), name
+
+
 # The interpreter is numpy, which warns of what is put in here on purpose.
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -128,7 +137,7 @@ def test_nan_in_one_document_leaves_the_others_bitwise_equal(device, head_dim, m
         others = torch.ones(given.edges[-1], dtype=torch.bool, device=device)
         others[begin:end] = False
         for name, x, y in zip(TENSORS, got, clean, strict=True):
-            assert torch.equal(x[:, others], y[:, others]), name
+            assert_same(name, x[:, others], y[:, others])
             assert x[:, others].isfinite().all()
         assert got[0][:, begin:end].isnan().any(), "the poison was read"
 
@@ -163,7 +172,7 @@ def test_a_packed_call_never_waits_for_the_gpu(head_dim):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for name, x, y in zip(TENSORS, again, first, strict=True):
-        assert torch.equal(x, y), name
+        assert_same(name, x, y)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Launch the Hopper forward: descriptors, work counter, one program a multiprocessor."""
+"""Launch the Hopper kernels: descriptors; of the forward work counter and number of programs."""
 
 import os
 from functools import cache, lru_cache
@@ -30,6 +30,14 @@ def unsupported(arch: int, dtype: torch.dtype, head_dim: int) -> list[str]:
     Args:
         arch: compute capability as kernels.configs counts it.
     """
+    reasons = unsupported_part(arch, dtype)
+    if forward_config(head_dim) is None:
+        reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
+    return reasons
+
+
+def unsupported_part(arch: int, dtype: torch.dtype) -> list[str]:
+    """Return the reasons that speak against every Hopper kernel."""
     reasons = []
     if arch != 90:
         reasons.append(f"it is made for sm_90, this is sm_{arch}")
@@ -37,8 +45,6 @@ def unsupported(arch: int, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons.append(f"it is made for Triton 3.6, this is {triton.__version__}")
     if dtype not in _DTYPES:
         reasons.append(f"it multiplies bfloat16 and float16, not {dtype}")
-    if forward_config(head_dim) is None:
-        reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
     return reasons
 
 
@@ -67,19 +73,19 @@ def forward_arguments(
     one_entry: bool,
 ) -> dict[str, Any]:
     """Return the arguments of _hopper_fwd_kernel that the portable forward does not take alike."""
-    block_d = max(64, 1 << (q.shape[3] - 1).bit_length())
-    k_box = [1, 1, config.block_n, block_d]
-    v_box = [1, 1, config.block_n, 1, block_d] if documents else k_box
+    width = block_d(q.shape[3])
+    k_box = [1, 1, config.block_n, width]
+    v_box = [1, 1, config.block_n, 1, width] if documents else k_box
     # As many bytes as a block of K or V, in whose room it goes.
-    state_box = [1, 1, 64, block_d * config.block_n // 128]
+    state_box = [1, 1, 64, width * config.block_n // 128]
     _, consumer, producer = config.registers
     return {
-        "q": _describe(q, tma_shape(q), [1, 1, 64, block_d]),
-        "k": _describe(k, tma_shape(k), k_box),
-        "v": _describe(v, cut_shape(v) if documents else tma_shape(v), v_box),
-        "state": None if state is None else _describe(state, tma_shape(state), state_box),
+        "q": describe(q, tma_shape(q), [1, 1, 64, width]),
+        "k": describe(k, tma_shape(k), k_box),
+        "v": describe(v, cut_shape(v) if documents else tma_shape(v), v_box),
+        "state": None if state is None else describe(state, tma_shape(state), state_box),
         "counter_ptr": _counter(q.device),
-        "BLOCK_D": block_d,
+        "BLOCK_D": width,
         "BLOCK_N": config.block_n,
         "DOCUMENTS": documents,
         "ONE_ENTRY": one_entry,
@@ -105,7 +111,13 @@ def launch_forward(config: ForwardConfig, arguments: dict[str, Any]) -> None:
     )
 
 
-def _describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, box: list[int]):
+def block_d(head_dim: int) -> int:
+    """Return the width of the kernels' tiles: the next power of two, at least 64."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, box: list[int]):
+    """Return a descriptor of x, of shape and strides as the TMA is to see it."""
     assert shape_and_strides is not None, "unsupported() has refused this"
     return TensorDescriptor(x, *shape_and_strides, box, _layout(x.dtype, tuple(box)))
 
@@ -113,7 +125,8 @@ def _describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, 
 @lru_cache(maxsize=64)
 def _layout(dtype: torch.dtype, box: tuple[int, ...]) -> Any:
     """Return how a box lies in shared memory."""
-    element = getattr(gl, str(dtype).removeprefix("torch."))
+    of_torch = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    element = of_torch[dtype]
     return gl.NVMMASharedLayout.get_default_for(list(box), element)
 
 

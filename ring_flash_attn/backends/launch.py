@@ -5,6 +5,7 @@ forty that the attention kernels take. What decides here is a key of the few thi
 between two calls with the same constants.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any
 
@@ -49,6 +50,17 @@ def launch(
         _compiled[key] = kernel[grid](**arguments, **options)
     else:
         compiled[grid](*[arguments[name] for name in kernel.arg_names])
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of x [B, L, H, D] in the kernels' order: batch, head, row."""
+    assert x.stride(3) == 1, f"rows must be contiguous, got strides {x.stride()}"
+    return x.stride(0), x.stride(2), x.stride(1)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Make `device` current: Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

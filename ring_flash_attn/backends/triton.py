@@ -1,7 +1,6 @@
 """Triton kernels that fold a step into the state themselves: sm_80 and up, or the interpreter."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,13 +15,18 @@ from ..kernels.delta import _delta_kernel
 from ..kernels.dkv import _bwd_kernel_dkv
 from ..kernels.dq import _bwd_kernel_dq
 from ..kernels.forward import _fwd_kernel
-from ..kernels.hopper.configs import ForwardConfig, forward_config
+from ..kernels.hopper.configs import (
+    BackwardConfig,
+    ForwardConfig,
+    backward_config,
+    forward_config,
+)
 from ..kernels.tile import INTERPRETED
-from . import hopper
+from . import hopper, hopper_backward
 from .base import GradTarget, Saved, Step
 from .descriptors import tma_shape
 from .documents import Side
-from .launch import launch
+from .launch import launch, on, strides
 from .work import one_entry, work
 
 DELTA_ROWS = 64
@@ -39,15 +43,20 @@ class TritonBackend:
     reads_documents = True
 
     def __init__(
-        self, lookup: configs.Lookup = configs.launch_config, hopper_forward: bool = hopper.WANTED
+        self,
+        lookup: configs.Lookup = configs.launch_config,
+        hopper_forward: bool = hopper.WANTED,
+        hopper_backward: bool = hopper.WANTED,
     ) -> None:
         """Take launch configurations from `lookup`: a search script or a test brings its own.
 
         Args:
-            hopper_forward: run the Hopper forward where it can.
+            hopper_forward, hopper_backward: run the Hopper kernels where they can. That backward
+                sums dq in any order; with Attention.deterministic the portable one runs.
         """
         self._lookup = lookup
         self._hopper_forward = hopper_forward
+        self._hopper_backward = hopper_backward
 
     def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Return every reason why this backend cannot run these inputs; empty if it can."""
@@ -86,14 +95,14 @@ class TritonBackend:
             "out_ptr": out,
             "result_ptr": result,
             "lse_ptr": lse,
-            "out_strides": _strides(out),
+            "out_strides": strides(out),
             "lse_stride_batch": lse.stride(0),
             "lse_stride_head": lse.stride(1),
             "CARRY": not step_plan.first,
         }
         documents = isinstance(step_plan, DocumentsStep)
-        choices = self._choices(q, documents)
-        config = choices.hopper
+        choices = self._choices(attention, q, documents)
+        config = choices.hopper_forward
         state = None if step_plan.first else out
         if config is None or not hopper.addresses(q, k, v, out, state, documents):
             sources = {"q": q, "k": k, "v": v}
@@ -103,7 +112,7 @@ class TritonBackend:
         outputs |= work(attention, step_plan, q, k, side, choices.sides)
         one = one_entry(step_plan, side)
         outputs |= hopper.forward_arguments(config, q, k, v, state, documents, one)
-        with _on(q.device):
+        with on(q.device):
             hopper.launch_forward(config, outputs)
 
     def prepare_backward(
@@ -119,8 +128,8 @@ class TritonBackend:
             "dout_ptr": dout,
             "dlse_ptr": dlse,
             "delta_ptr": delta,
-            "out_strides": _strides(out),
-            "dout_strides": _strides(dout),
+            "out_strides": strides(out),
+            "dout_strides": strides(dout),
             "length": length,
             "heads": heads,
             "HEAD_DIM": head_dim,
@@ -128,7 +137,7 @@ class TritonBackend:
             "BLOCK_D": configs.block_d(head_dim),
             "HAS_DLSE": dlse is not None,
         }
-        with _on(out.device):
+        with on(out.device):
             launch(_delta_kernel, (-(-length // DELTA_ROWS) * batch * heads, 1, 1), arguments)
         return Saved(dout, out, _unit_stride(lse), dlse, delta)
 
@@ -148,8 +157,18 @@ class TritonBackend:
         if not step_plan.sees:
             return
         assert saved.delta is not None, "saved comes from another backend's prepare_backward"
-        dq, result = _targets(dq, result)
+        documents = isinstance(step_plan, DocumentsStep)
+        choices = self._choices(attention, q, documents)
+        config = choices.hopper_backward
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
+        if config is not None and hopper_backward.addresses(sources, dq, documents):
+            step = hopper_backward.HopperStep(
+                config, attention, step_plan, saved, sources, choices.queries, choices.sides
+            )
+            with on(q.device):
+                step.run(dq, result, dkv_target)
+            return
+        dq, result = _targets(dq, result)
         statistics = {
             "lse_ptr": saved.lse,
             "delta_ptr": saved.delta,
@@ -167,7 +186,7 @@ class TritonBackend:
             **statistics,
             dq_ptr=dq,
             result_ptr=result,
-            dq_strides=_strides(dq),
+            dq_strides=strides(dq),
             ADD=not step_plan.first,
         )
         target = dkv_target()
@@ -180,8 +199,8 @@ class TritonBackend:
             **statistics,
             dk_ptr=target.dk,
             dv_ptr=target.dv,
-            dk_strides=_strides(target.dk),
-            dv_strides=_strides(target.dv),
+            dk_strides=strides(target.dk),
+            dv_strides=strides(target.dv),
             ADD=target.add,
         )
 
@@ -204,7 +223,7 @@ class TritonBackend:
             return
         q, k = sources["q"], sources["k"]
         documents = isinstance(step_plan, DocumentsStep)
-        choices = self._choices(q, documents)
+        choices = self._choices(attention, q, documents)
         config = choices.configs[pass_]
         arguments |= work(attention, step_plan, q, k, _side(pass_, config), choices.sides)
         if pass_ == "dkv":
@@ -218,12 +237,20 @@ class TritonBackend:
         }
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         programs = arguments["n_tiles"] * arguments["n_heads"]
-        with _on(q.device):
+        with on(q.device):
             launch(kernel, (programs, 1, 1), arguments, **options)
 
-    def _choices(self, q: Tensor, documents: bool) -> "_Choices":
-        case = self._lookup, self._hopper_forward, q.device, q.dtype, q.shape[3], documents
-        return _choices(*case)
+    def _choices(self, attention: Attention, q: Tensor, documents: bool) -> "_Choices":
+        return _choices(
+            self._lookup,
+            self._hopper_forward,
+            self._hopper_backward,
+            attention.deterministic,
+            q.device,
+            q.dtype,
+            q.shape[3],
+            documents,
+        )
 
 
 class _Choices(NamedTuple):
@@ -231,19 +258,24 @@ class _Choices(NamedTuple):
 
     Attributes:
         configs: of the portable kernels, by pass.
-        hopper: of the Hopper forward; None: the portable one runs.
+        hopper_forward, hopper_backward: of the Hopper kernels; None: the portable ones run.
+        queries: what the forward cuts into tiles.
         sides: what the passes cut into tiles.
     """
 
     configs: dict[str, configs.LaunchConfig]
-    hopper: ForwardConfig | None
+    hopper_forward: ForwardConfig | None
+    hopper_backward: BackwardConfig | None
+    queries: Side
     sides: tuple[Side, ...]
 
 
 @lru_cache(maxsize=256)
 def _choices(
     lookup: configs.Lookup,
-    hopper_forward: bool,
+    wants_forward: bool,
+    wants_backward: bool,
+    deterministic: bool,
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
@@ -252,12 +284,18 @@ def _choices(
     arch, dtype_name = _arch(device), str(dtype).removeprefix("torch.")
     chosen = {x: lookup(arch, head_dim, dtype_name, x, documents).config for x in configs.PASSES}
     sides = {x: _side(x, config) for x, config in chosen.items()}
-    config = None
-    if hopper_forward and not hopper.unsupported(arch, dtype, head_dim):
-        config = forward_config(head_dim)
-    if config is not None:
-        sides["forward"] = Side(False, config.block_m)
-    return _Choices(chosen, config, tuple(dict.fromkeys(sides.values())))
+    forward = backward = None
+    if wants_forward and not hopper.unsupported(arch, dtype, head_dim):
+        forward = forward_config(head_dim)
+    if forward is not None:
+        sides["forward"] = Side(False, forward.block_m)
+    if wants_backward and not hopper_backward.unsupported(arch, dtype, head_dim, deterministic):
+        backward = backward_config(head_dim)
+    if backward is not None:
+        # It rounds the rows of dq by the tiles of the forward.
+        sides["dq"], sides["dkv"] = sides["forward"], Side(True, backward.key_rows)
+    unique = tuple(dict.fromkeys(sides.values()))
+    return _Choices(chosen, forward, backward, sides["forward"], unique)
 
 
 def _targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -281,7 +319,7 @@ def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Tensor]) 
     for name, x in sources.items():
         arguments[name] = x if described is None else described[name]
         # A descriptor holds the strides itself; constant ones keep the kernel from recompiling.
-        arguments[f"{name}_strides"] = _strides(x) if described is None else (0, 0, 0)
+        arguments[f"{name}_strides"] = strides(x) if described is None else (0, 0, 0)
     return arguments
 
 
@@ -307,12 +345,6 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     if shape_and_strides is None:
         return None
     return TensorDescriptor(x, *shape_and_strides, [1, 1, rows, configs.block_d(x.shape[3])])
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of x [B, L, H, D] in the kernels' order: batch, head, row."""
-    assert x.stride(3) == 1, f"rows must be contiguous, got strides {x.stride()}"
-    return x.stride(0), x.stride(2), x.stride(1)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -345,8 +377,3 @@ def _arch(device: torch.device) -> int:
         return configs.INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Make `device` current: Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

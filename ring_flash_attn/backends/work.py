@@ -25,11 +25,13 @@ def work(
     k: Tensor,
     side: Side,
     sides: tuple[Side, ...],
+    with_dq: bool = False,
 ) -> dict[str, Any]:
     """Return what every kernel takes: the tables of one side's tiles, and its heads.
 
     Args:
         sides: those of all passes of the call.
+        with_dq: of a side of keys, whether the kernel also adds to a float32 dq.
     """
     batch, q_len, heads, head_dim = q.shape
     k_len, key_heads = k.shape[1:3]
@@ -37,6 +39,9 @@ def work(
     if side.keys:
         # A key head's program reads q and dout of its group, again for every tile of keys.
         heads, sharing, rows_read = key_heads, 1, 2 * group * q_len
+        if with_dq:
+            # Its programs are few and long: they take the group's heads about together, one by one.
+            rows_read = 4 * q_len
     else:
         # The group's programs share k and v.
         sharing, rows_read = group, 2 * k_len

@@ -1,4 +1,4 @@
-"""How to launch the Hopper forward: one checked-in row per width of the kernels' tiles.
+"""How to launch the Hopper kernels: one checked-in row per width of their tiles.
 
 test/test_aot.py compiles every row. No GPU has run these rows in this form yet: the Gluon
 prototypes that they come from were measured, see the design document.
@@ -58,3 +58,51 @@ def forward_config(head_dim: int) -> ForwardConfig | None:
     if not 32 < head_dim <= 256 or head_dim % 8:
         return None
     return FORWARD[max(64, 1 << (head_dim - 1).bit_length())]
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One row. There are two consumers.
+
+    Attributes:
+        block_m: query rows of a block, 64 or 128.
+        q_stages, dout_stages, ds_stages, dq_stages: blocks of each in shared memory.
+        early: issue dv's product before dp is waited for.
+        rotate: start tiles of full attention at different blocks of queries.
+        spills: bytes that ptxas 12.8 stores and loads for want of registers.
+    """
+
+    block_m: int = 64
+    q_stages: int = 2
+    dout_stages: int = 2
+    ds_stages: int = 2
+    dq_stages: int = 1
+    early: bool = False
+    rotate: bool = True
+    spills: int = 0
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers a thread: at launch, then of a consumer, and of the producer and the writer."""
+        return 168, 240, 24
+
+    @property
+    def key_rows(self) -> int:
+        """Key rows of a tile, 64 for each consumer."""
+        return 128
+
+
+BACKWARD = {
+    64: BackwardConfig(dq_stages=2),
+    128: BackwardConfig(spills=40),
+}
+
+
+def backward_config(head_dim: int) -> BackwardConfig | None:
+    """Return the row for a head_dim, None if the portable kernels are to take it.
+
+    As forward_config, up to 128: dk and dv of wider heads do not fit in a consumer's registers.
+    """
+    if not 32 < head_dim <= 128 or head_dim % 8:
+        return None
+    return BACKWARD[64 if head_dim <= 64 else 128]

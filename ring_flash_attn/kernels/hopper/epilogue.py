@@ -1,4 +1,4 @@
-"""How the Hopper forward ends a tile: normalise, merge with the carried state, store."""
+"""How the Hopper kernels end a tile: what they merge with or add to, and where it is stored."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -161,6 +161,46 @@ def _parts(acc):
         x0, x1 = _halves(left)
         x2, x3 = _halves(right)
         return x0, x1, x2, x3
+
+
+@gluon.jit
+def store_gradient(
+    x,
+    ptr,
+    strides,
+    batch,
+    head,
+    row,
+    row_end,
+    HEAD_DIM: gl.constexpr,
+    ADD: gl.constexpr,
+):
+    """Store x [rows, BLOCK_D] float32 in the rows of a head from `row` on that lie before row_end.
+
+    Args:
+        ptr: [B, L, H, D] float32, strides (batch, head, row).
+        ADD: add to what is there, in quarters: the old rows beside all of x would spill.
+    """
+    ptr += _wide(batch, strides[0]) + _wide(head, strides[1])
+    if ADD:
+        QUARTER: gl.constexpr = x.shape[1] // 4
+        left, right = _halves(x)
+        x0, x1 = _halves(left)
+        x2, x3 = _halves(right)
+        _add_columns(x0, ptr, strides[2], row, row_end, 0, HEAD_DIM)
+        _add_columns(x1, ptr, strides[2], row, row_end, QUARTER, HEAD_DIM)
+        _add_columns(x2, ptr, strides[2], row, row_end, QUARTER * 2, HEAD_DIM)
+        _add_columns(x3, ptr, strides[2], row, row_end, QUARTER * 3, HEAD_DIM)
+    else:
+        _store(x, ptr, strides[2], row, row_end, 0, HEAD_DIM)
+
+
+@gluon.jit
+def _add_columns(x, ptr, stride, row, row_end, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Add x to the columns from COLUMN on."""
+    if COLUMN < HEAD_DIM:
+        pointers, mask = _elements(ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
+        gl.store(pointers, x + gl.load(pointers, mask=mask, other=0.0), mask=mask)
 
 
 @gluon.jit

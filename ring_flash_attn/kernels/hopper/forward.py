@@ -30,13 +30,11 @@ from .forward_program import (
     state_pieces,
     state_turns,
 )
-from .slots import Slots, await_empty, load, load_block, make_bars, make_blocks, make_slots
+from .slots import FAR, Slots, await_empty, load, load_block, make_bars, make_blocks, make_slots
 from .tiles import Tables, block_start, draw, leave, load_band, next_work, skipped
 
 # The first named barrier that says a slot of K is empty; those of V follow.
 FIRST_EMPTY = gl.constexpr(11)
-# A cut V descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
-FAR = gl.constexpr(1 << 30)
 
 
 @gluon.jit

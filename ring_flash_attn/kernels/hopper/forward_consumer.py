@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import load_lse2, store_tile
 from .forward_program import FIELDS, ROWS
-from .slots import await_full, release
+from .slots import await_full, meet, release
 from .tiles import block_start, load_band, skipped
 
 # The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
@@ -41,14 +41,6 @@ def _published(items, tile):
     release(items, slot)
     work = (exists, row, row_end, entry, end_entry, finishes, head)
     return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
-
-
-@gluon.jit
-def _wait_turn(BARRIER: gl.constexpr):
-    """Wait at a named barrier until the consumer before has given its turn."""
-    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -187,7 +179,7 @@ def _step(
     slot, previous = count % STAGES, (count - 1) % STAGES
     await_full(program.k, slot, count // STAGES)
     if PING_PONG:
-        _wait_turn(FIRST_TURN + CONSUMER)
+        meet(FIRST_TURN + CONSUMER)
     s = _issue_scores(program, slot, CONSUMER)
     if program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
@@ -282,4 +274,4 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         tile += 1
         work, band = _published(program.items, tile)
     if program.options.PING_PONG and CONSUMER == 0:
-        _wait_turn(FIRST_TURN)  # what the last consumer has given
+        meet(FIRST_TURN)  # what the last consumer has given

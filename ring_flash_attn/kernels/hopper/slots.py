@@ -5,6 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
+# A cut descriptor starts its rows so far below zero that 2**30 of its steps wrap to zero.
+FAR = gl.constexpr(1 << 30)
+
 
 @aggregate
 class Slots:
@@ -59,10 +62,15 @@ class Blocks:
 
 
 @gluon.jit
-def make_slots(N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr):
-    """Return N slots for the boxes of a descriptor, each emptied by READERS partitions."""
+def make_slots(
+    N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr, WRITERS: gl.constexpr = 1
+):
+    """Return N slots for the boxes of a descriptor, each emptied by READERS partitions.
+
+    WRITERS: arrivals that fill a slot, that of a load's `expect` among them.
+    """
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    full, empty = make_bars(N, READERS)
+    full, empty = make_bars(N, READERS, WRITERS)
     return Slots(buffers, full, empty)
 
 
@@ -90,11 +98,12 @@ def load_block(desc, coordinates, blocks, count, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def make_bars(N: gl.constexpr, READERS: gl.constexpr):
+def make_bars(N: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """Return the barriers (full, empty) of N slots."""
     full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=WRITERS)
         mbarrier.init(empty.index(i), count=READERS)
     return full, empty
 
@@ -113,6 +122,7 @@ def await_empty(slots, slot, turn):
 
 @gluon.jit
 def release(slots, slot):
+    """Say that this partition has read a slot."""
     mbarrier.arrive(slots.empty.index(slot), count=1)
 
 
@@ -124,3 +134,23 @@ def load(desc, coordinates, slots, slot, turn):
     tma.async_copy_global_to_shared(
         desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
     )
+
+
+@gluon.jit
+def meet(BARRIER: gl.constexpr):
+    """Wait at a named barrier for another warpgroup. The compiler takes its own from 0 up."""
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def box_at(batch, head, row, end, column, DOCUMENTS: gl.constexpr):
+    """Return the coordinates of a box that begins at a row and a column.
+
+    DOCUMENTS: those of a cut descriptor (backends/descriptors.py), whose rows end at `end`.
+    """
+    if DOCUMENTS:
+        return FAR, end, FAR - end + row, head, column
+    else:
+        return batch, head, row, column

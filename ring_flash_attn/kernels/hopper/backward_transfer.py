@@ -1,0 +1,132 @@
+"""What moves the tiles of the Hopper backward: its producer's loads, its writer's adds."""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+from .backward_consumer import CONSUMERS, ROWS
+from .epilogue import LOG2_E
+from .slots import await_full, box_at, load, release
+from .walk import begin_walk, next_place, query_row
+
+
+@builtin
+def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+    """Add a box in shared memory to global memory. Triton 3.6 has this, but no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
+    )
+
+
+@aggregate
+class Statistics:
+    """lse and delta [B, H, L] float32."""
+
+    lse_ptr: gl.tensor
+    delta_ptr: gl.tensor
+    lse_stride_batch: gl.tensor
+    lse_stride_head: gl.tensor
+    delta_stride_batch: gl.tensor
+    delta_stride_head: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, lse_ptr, delta_ptr, lse_strides, delta_strides):
+        self.lse_ptr = lse_ptr
+        self.delta_ptr = delta_ptr
+        self.lse_stride_batch, self.lse_stride_head = lse_strides
+        self.delta_stride_batch, self.delta_stride_head = delta_strides
+
+    @gluon.jit
+    def load(self, batch, head, rows, end):
+        """Return lse in base 2 and delta of `rows`.
+
+        Of rows from `end` on and of those that saw nothing lse is +inf, which makes their p 0.
+        """
+        lse_ptr = self.lse_ptr + batch.to(gl.int64) * self.lse_stride_batch
+        delta_ptr = self.delta_ptr + batch.to(gl.int64) * self.delta_stride_batch
+        lse_ptr += head.to(gl.int64) * self.lse_stride_head
+        delta_ptr += head.to(gl.int64) * self.delta_stride_head
+        inside = rows < end
+        lse = gl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+        delta = gl.load(delta_ptr + rows, mask=inside, other=0.0)
+        return gl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), delta
+
+
+@gluon.jit
+def _load_keys(program, desc, slots):
+    """Load the tile's rows of K or of V."""
+    walk = program.walk
+    for c in gl.static_range(CONSUMERS):
+        row = walk.row + c * ROWS
+        place = box_at(
+            program.batch, program.key_head, row, walk.row_end, 0, program.options.DOCUMENTS
+        )
+        load(desc, place, slots, c, 0)
+
+
+@gluon.jit
+def produce(program, statistics, q, k, v, dout):
+    """Load K and V, and of every block Q, lse, delta and dout, in the order the consumers walk."""
+    walk = program.walk
+    BLOCK_M: gl.constexpr = program.options.BLOCK_M
+    Q_STAGES: gl.constexpr = program.options.Q_STAGES
+    DOUT_STAGES: gl.constexpr = program.options.DOUT_STAGES
+    DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    if program.total > 0:
+        _load_keys(program, k, program.k)
+    place = begin_walk(walk, program.first_head, BLOCK_M)
+    for t in range(program.total):
+        head, end, row = place[0], place[3][1], query_row(place, BLOCK_M)
+        # Asked for before the wait for a slot, which hides how long they take.
+        rows = row + gl.arange(0, BLOCK_M, layout)
+        lse2, delta = statistics.load(program.batch, head, rows, end)
+        slot = t % Q_STAGES
+        box = box_at(program.batch, head, row, end, 0, DOCUMENTS)
+        load(q, box, program.q, slot, t // Q_STAGES)
+        program.statistics.index(slot).store(lse2)
+        if q.dtype != gl.float16:
+            delta *= program.softmax_scale  # as ds, see backward_consumer.py
+        program.statistics.index(Q_STAGES + slot).store(delta)
+        mbarrier.arrive(program.q.full.index(slot), count=1)
+        if t == 0:
+            _load_keys(program, v, program.v)
+        load(dout, box, program.dout, t % DOUT_STAGES, t // DOUT_STAGES)
+        place = next_place(walk, place, BLOCK_M)
+
+
+@gluon.jit
+def write(program, dq):
+    """Add every block's dq to memory: what lies in the slots that the consumers fill."""
+    walk = program.walk
+    BLOCK_M: gl.constexpr = program.options.BLOCK_M
+    DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
+    COLUMNS: gl.constexpr = program.options.BLOCK_D // CONSUMERS if BLOCK_M == 64 else 0
+    DOWN: gl.constexpr = 0 if BLOCK_M == 64 else 64
+    place = begin_walk(walk, program.first_head, BLOCK_M)
+    for t in range(program.total):
+        head, end, row = place[0], place[3][1], query_row(place, BLOCK_M)
+        stage = t % DQ_STAGES
+        for c in gl.static_range(CONSUMERS):
+            slot = stage * CONSUMERS + c
+            await_full(program.dq, slot, t // DQ_STAGES)
+            box = box_at(
+                program.batch, head, row + c * DOWN, end, c * COLUMNS, program.options.DOCUMENTS
+            )
+            tma_reduce_add(dq, box, program.dq.buffers.index(slot))
+        if DQ_STAGES == 1:
+            for c in gl.static_range(CONSUMERS):
+                tma.store_wait(CONSUMERS - 1 - c)
+                release(program.dq, c)
+        else:
+            # Those of the turn before have been read.
+            tma.store_wait(CONSUMERS)
+            if t > 0:
+                for c in gl.static_range(CONSUMERS):
+                    release(program.dq, (t - 1) % DQ_STAGES * CONSUMERS + c)
+        place = next_place(walk, place, BLOCK_M)
+    tma.store_wait(0)

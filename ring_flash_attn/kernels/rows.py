@@ -1,0 +1,45 @@
+"""The kernel that moves the rows of tiles from one tensor to another."""
+
+import triton
+import triton.language as tl
+
+from .tile import cast, load_program, row_pointers
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_heads", "heads_in_flight", "heads"])
+def _rows_kernel(
+    source_ptr,
+    target_ptr,
+    source_strides,
+    target_strides,
+    tiles_ptr,
+    n_tiles,
+    n_heads,
+    heads_in_flight,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
+    FINISHED: tl.constexpr,
+):
+    """target = source, or with ADD target += source, in the rows of the tiles.
+
+    Grid: n_tiles * B * H, one program a tile and head (see load_program). Source and target are
+    [B, L, H, D] of any float dtype, strides (batch, head, row); target is written.
+    FINISHED: only in the rows of tiles that finish them.
+    """
+    row, row_end, _, _, finishes, head = load_program(tiles_ptr, n_tiles, n_heads, heads_in_flight)
+    batch, head = head // heads, head % heads
+    offs_d = tl.arange(0, BLOCK_D)
+    if not FINISHED or finishes != 0:
+        for start in range(row, row_end, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = (offs < row_end)[:, None] & (offs_d < HEAD_DIM)[None, :]
+            rows = row_pointers(source_ptr, source_strides, batch, head, offs)
+            x = tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            rows = row_pointers(target_ptr, target_strides, batch, head, offs)
+            targets = rows[:, None] + offs_d[None, :]
+            if ADD:
+                x += tl.load(targets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(targets, cast(x, target_ptr.dtype.element_ty), mask=mask)

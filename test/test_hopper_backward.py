@@ -1,0 +1,434 @@
+"""The Hopper backward, executed on the CPU by test/gluon_emulator.py with the library's own tables.
+
+As test_hopper_forward.py: what the emulator cannot know test_aot.py and a GPU must show.
+"""
+
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracle
+from gluon_emulator import EmulationError, load_module
+from gluon_memory import TensorDescriptor
+from ring_flash_attn.backends import hopper, hopper_backward
+from ring_flash_attn.backends import triton as triton_backend
+from ring_flash_attn.backends.base import GradTarget
+from ring_flash_attn.core.attention import Attention
+from ring_flash_attn.core.layout import Layout
+from ring_flash_attn.core.packed import Documents, on_device, plan_packed
+from ring_flash_attn.core.plan import plan_local, plan_ring
+from ring_flash_attn.kernels.hopper.configs import BACKWARD
+from simulated_ring import SCALE, Shape, inputs, mask_id, poisoned, state_and_result, truth, zero
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not hopper.SUPPORTED, reason="made for Triton 3.6"),
+    # Triton's interpreter, which runs the kernels beside it.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+
+SOURCE = Path(hopper.__file__).parents[1] / "kernels" / "hopper" / "backward.py"
+CAUSAL, FULL = (True, (-1, -1)), (False, (-1, -1))
+GRADIENTS = ("dq", "dk", "dv")
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Make a backend's backward run the Hopper kernel in the emulator; take a config to do so."""
+
+    def start(config=None, bugs=None, seed=None):
+        kernel = load_module(SOURCE, bugs, seed=seed)._hopper_bwd_kernel
+
+        def launch(_, grid, arguments, **options):
+            kernel[grid](**arguments, **options)
+
+        monkeypatch.setattr(hopper, "launch", launch)
+        monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
+        monkeypatch.setattr(hopper, "unsupported_part", lambda *_: [])
+        if config is not None:
+            monkeypatch.setattr(triton_backend, "backward_config", lambda _: config)
+        triton_backend._choices.cache_clear()
+        return triton_backend.TritonBackend(hopper_forward=False, hopper_backward=True)
+
+    yield start
+    triton_backend._choices.cache_clear()
+
+
+def gradients(backend, mask, layout, size, given, landing=False):
+    """Run every step of every rank backward, on the true out and lse; return dq, dk, dv.
+
+    landing: as in simulated_ring.ring.
+    """
+    attention = Attention(SCALE, *mask)
+    want, _ = truth(mask, given)
+    out, lse = want.out.to(given.q.dtype), want.lse.float()
+
+    def shards(x, dim=1):
+        return [oracle.shard(x, layout, size, rank, dim) for rank in range(size)]
+
+    q, k, v, dout, outs = (shards(x) for x in (*given[:4], out))
+    lses, dlses = shards(lse, 2), shards(given.dlse, 2)
+    layouts = [Layout(layout, x[0].shape[1], size) for x in (q, k)]
+    plans = [plan_ring(attention, *layouts, rank) for rank in range(size)]
+    states = [state_and_result(plan, x) for plan, x in zip(plans, q, strict=True)]
+    saved = [backend.prepare_backward(*x) for x in zip(dout, outs, lses, dlses, strict=True)]
+    dks, dvs = ([poisoned(x, torch.float32) for x in xs] for xs in (k, v))
+    for hop in range(len(plans[0].steps)):
+        for rank, plan in enumerate(plans):
+            step = plan.steps[hop]
+            source = step.source
+            dk, dv = dks[source], dvs[source]
+            if landing:
+                dk, dv = poisoned(dk, torch.float32), poisoned(dv, torch.float32)
+            target = GradTarget(dk, dv, add=not (landing or step.first))
+            if not target.add:
+                zero(dk, step.unseen_k())
+                zero(dv, step.unseen_k())
+            dq, result = states[rank]
+            arguments = step, saved[rank], q[rank], k[source], v[source], dq
+            backend.backward(attention, *arguments, lambda target=target: target, result)
+            if landing:
+                dks[source] = dk if step.first else dks[source] + dk
+                dvs[source] = dv if step.first else dvs[source] + dv
+    dqs = [result for _, result in states]
+    return [oracle.unshard(x, layout) for x in (dqs, dks, dvs)]
+
+
+def wrong(got, want, dense):
+    """Return what is beyond the bound of 16-bit results, in words."""
+    found = []
+    for name, x in zip(GRADIENTS, got, strict=True):
+        ours = oracle.errors(x, getattr(want, name))
+        allowed = oracle.errors(getattr(dense, name), getattr(want, name))
+        for measure in ("max_abs", "rmse"):
+            error, bound = getattr(ours, measure), 2 * getattr(allowed, measure) + 1e-5
+            if not error <= bound:
+                found.append(f"{name} {measure} {error} > {bound}")
+    return found
+
+
+def check(backend, mask, layout, size, given, landing=False):
+    got = gradients(backend, mask, layout, size, given, landing)
+    want, seen = truth(mask, given)
+    q, k, v, dout, dlse = given
+    return wrong(got, want, oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE))
+
+
+CASES = [
+    # layout, P, mask, shape, dtype
+    ("contiguous", 1, CAUSAL, Shape(300, 300, 2, 2, 1, 128), torch.bfloat16),
+    ("contiguous", 2, FULL, Shape(140, 300, 1, 3, 3, 64), torch.float16),
+    ("contiguous", 1, (False, (3, 2)), Shape(400, 150, 1, 2, 1, 64), torch.bfloat16),
+    ("contiguous", 2, CAUSAL, Shape(300, 300, 1, 2, 1, 80), torch.bfloat16),
+    ("contiguous", 1, (True, (40, 0)), Shape(520, 520, 1, 1, 1, 96), torch.float16),
+    ("zigzag", 2, CAUSAL, Shape(600, 600, 1, 4, 2, 128), torch.bfloat16),
+    ("zigzag", 2, (True, (200, 0)), Shape(1000, 1000, 1, 1, 1, 64), torch.bfloat16),
+    ("zigzag", 2, (False, (-1, 4)), Shape(520, 520, 1, 2, 1, 40), torch.float16),
+    ("stripe", 3, CAUSAL, Shape(630, 630, 1, 2, 2, 64), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "mask", "shape", "dtype"),
+    CASES,
+    ids=[f"{c[0]}-P{c[1]}-{mask_id(c[2])}-D{c[3].head_dim}" for c in CASES],
+)
+def test_rings_equal_dense(emulated, layout, size, mask, shape, dtype):
+    broken = check(emulated(), mask, layout, size, inputs(shape, dtype))
+    assert not broken, "\n".join(broken)
+
+
+SMALL = Shape(270, 270, 1, 2, 1, 64)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("dq_stages", [1, 2])
+@pytest.mark.parametrize("ds_stages", [1, 2])
+def test_every_option_in_any_order(emulated, ds_stages, dq_stages, early):
+    config = replace(BACKWARD[64], ds_stages=ds_stages, dq_stages=dq_stages, early=early)
+    backend = emulated(config, seed=ds_stages)
+    broken = check(backend, CAUSAL, "contiguous", 2, inputs(SMALL, torch.bfloat16))
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("block_m", "q_stages", "dout_stages"), [(64, 1, 1), (64, 3, 2), (128, 1, 2), (128, 2, 1)]
+)
+def test_any_number_of_stages_and_rows(emulated, block_m, q_stages, dout_stages):
+    config = replace(BACKWARD[64], block_m=block_m, q_stages=q_stages, dout_stages=dout_stages)
+    given = inputs(SMALL, torch.float16)
+    assert not check(emulated(config), (False, (70, 30)), "contiguous", 1, given)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_full_attention_from_any_block_on(emulated, rotate):
+    given = inputs(Shape(450, 600, 1, 2, 1, 64), torch.bfloat16)
+    backend = emulated(replace(BACKWARD[64], rotate=rotate))
+    assert not check(backend, FULL, "contiguous", 1, given)
+
+
+def test_shares_that_land_by_themselves(emulated):
+    """A later step's target that is to be stored."""
+    given = inputs(Shape(300, 300, 1, 2, 1, 64), torch.bfloat16)
+    assert not check(emulated(), CAUSAL, "zigzag", 3, given, landing=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_dk_and_dv_are_added_in_the_kernel(emulated, head_dim):
+    """A first step whose target holds something."""
+    backend, given = emulated(), inputs(Shape(200, 200, 2, 2, 1, head_dim), torch.bfloat16)
+    attention = Attention(SCALE, True)
+    step = plan_ring(attention, *[Layout("contiguous", 200, 1)] * 2, 0).steps[0]
+    want, _ = truth(CAUSAL, given)
+    q, k, v, dout, dlse = given
+    saved = backend.prepare_backward(dout, want.out.bfloat16(), want.lse.float(), dlse)
+
+    def backward(add, held):
+        target = GradTarget(*(torch.full(k.shape, held) for _ in range(2)), add)
+        result = poisoned(q, q.dtype)
+        backend.backward(attention, step, saved, q, k, v, None, lambda: target, result)
+        return target.dk, target.dv, result
+
+    stored, added = backward(False, torch.nan), backward(True, 4.0)
+    for x, y in zip(stored[:2], added[:2], strict=True):
+        assert torch.equal(x + 4.0, y)
+    assert torch.equal(stored[2], added[2])
+
+
+def test_rows_that_saw_nothing_have_no_gradient(emulated):
+    """Queries before the first key: their lse is -inf, and a block has such rows and others."""
+    given = inputs(Shape(200, 150, 1, 2, 1, 64), torch.bfloat16)
+    attention = Attention(SCALE, True)
+    step = plan_local(attention, 200, 150)
+    seen = oracle.visible(range(-50, 150), range(150), True)
+    q, k, v, dout, dlse = given
+    want = oracle.dense(*(x.double() for x in (q, k, v)), seen, dout.double(), dlse.double(), SCALE)
+    saved_lse = want.lse.float()
+    assert (saved_lse == -torch.inf).any()
+    backend = emulated()
+    saved = backend.prepare_backward(dout, want.out.bfloat16(), saved_lse, dlse)
+    result, dk, dv = poisoned(q, q.dtype), *(poisoned(k, torch.float32) for _ in range(2))
+    zero(result, step.unseen_q())
+    # The step as a block that has all rows, the unseen ones too.
+    block = step.blocks[0]._replace(q_begin=0)
+    step = step._replace(blocks=(block,), finished=((0, 200),))
+    target = GradTarget(dk, dv, False)
+    backend.backward(attention, step, saved, q, k, v, None, lambda: target, result)
+    dense = oracle.dense_in_dtype(q, k, v, seen, dout, dlse, SCALE)
+    broken = wrong((result, dk, dv), want, dense)
+    assert not broken, "\n".join(broken)
+    assert (result[:, :50] == 0).all()
+
+
+LENGTHS = (130, 2, 200, 66)
+EDGES = [0, *accumulate(LENGTHS)]
+FILLED = (*LENGTHS, 9)  # nine rows of no document
+
+
+def documents(backend, layout, mask, given, saved):
+    """Return dq, dk, dv of documents of LENGTHS on a ring of one rank, and of the rows after."""
+    attention = Attention(SCALE, *mask)
+    cu_seqlens = torch.tensor(EDGES, dtype=torch.int32)
+    rows = given.q.shape[1]
+    plan = on_device(
+        plan_packed(attention, layout, 1, 0), Documents(cu_seqlens, cu_seqlens, rows, rows)
+    )
+    result = poisoned(given.q, given.q.dtype)
+    dk, dv = (poisoned(given.k, torch.float32) for _ in range(2))
+    for step in plan.steps:
+        target = GradTarget(dk, dv, add=False)
+        arguments = step, saved, *given[:3], None
+        backend.backward(attention, *arguments, lambda target=target: target, result)
+    return result, dk, dv
+
+
+def rows_of(given, begin, end):
+    part = [x[:, begin:end] for x in given[:4]]
+    return type(given)(*part, given.dlse[:, :, begin:end])
+
+
+def prepared(backend, mask, given):
+    """Return what prepare_backward makes of the true out and lse, document by document."""
+    out = torch.zeros_like(given.q)
+    lse = torch.full(given.dlse.shape, -torch.inf)
+    for begin, end in pairwise(EDGES):
+        want, _ = truth(mask, rows_of(given, begin, end))
+        out[:, begin:end], lse[:, :, begin:end] = want.out, want.lse
+    return backend.prepare_backward(given.dout, out, lse, given.dlse)
+
+
+PACKED = [
+    ("stripe", CAUSAL, 128),
+    ("stripe", FULL, 64),
+    ("stripe", (True, (30, 0)), 96),
+    ("zigzag", CAUSAL, 64),
+    ("zigzag", (True, (30, 0)), 128),
+]
+
+
+@pytest.mark.parametrize(("layout", "mask", "head_dim"), PACKED, ids=str)
+def test_documents_equal_dense_and_nan_stays_in_its_own(emulated, layout, mask, head_dim):
+    backend = emulated()
+    given = inputs(Shape(sum(FILLED), sum(FILLED), 1, 2, 1, head_dim), torch.bfloat16)
+    got = documents(backend, layout, mask, given, prepared(backend, mask, given))
+    for begin, end in pairwise(EDGES):
+        part = rows_of(given, begin, end)
+        want, seen = truth(mask, part)
+        dense = oracle.dense_in_dtype(*part[:3], seen, part.dout, part.dlse, SCALE)
+        broken = wrong([x[:, begin:end] for x in got], want, dense)
+        assert not broken, "\n".join(broken)
+    assert all((x[:, EDGES[-1] :] == 0).all() for x in got)
+    assert not leaked(backend, layout, mask, given, got)
+
+
+def leaked(backend, layout, mask, given, got):
+    """Return which gradients differ where NaN fills other documents' rows, and nobody's rows."""
+    begin, end = EDGES[2:4]
+    spoiled = type(given)(*(x.clone() for x in given))
+    for x in spoiled[:4]:
+        x[:, begin:end] = torch.nan
+        x[:, EDGES[-1] :] = torch.nan
+    saved = prepared(backend, mask, spoiled)
+    saved.lse[:, :, begin:end] = torch.nan
+    again = documents(backend, layout, mask, spoiled, saved)
+    assert all(x[:, begin:end].isnan().all() for x in again)
+    others = [*range(begin), *range(end, EDGES[-1])]
+    pairs = zip(GRADIENTS, got, again, strict=True)
+    return [name for name, x, y in pairs if not torch.equal(x[:, others], y[:, others])]
+
+
+LEAKS = {
+    "rows past the entry": ("FAR, end, FAR - end + row", "FAR, end + 5, FAR - end - 5 + row"),
+    "lse past the entry": ("inside = rows < end", "inside = rows < end + 5"),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_planted_leaks_are_seen(emulated, name):
+    given = inputs(Shape(sum(FILLED), sum(FILLED), 1, 2, 1, 64), torch.bfloat16)
+    backend = emulated()
+    got = documents(backend, "stripe", FULL, given, prepared(backend, FULL, given))
+    backend = emulated(bugs=dict([LEAKS[name]]))
+    assert leaked(backend, "stripe", FULL, given, got)
+
+
+def test_a_row_that_no_tile_has_stays_as_it_was(emulated):
+    """Zigzag needs even lengths; an odd one that nobody checked must be loud."""
+    backend, edges = emulated(), torch.tensor([0, 20, 33, 50], dtype=torch.int32)
+    given = inputs(Shape(50, 50, 1, 2, 1, 64), torch.bfloat16)
+    attention = Attention(SCALE, True)
+    plan = on_device(plan_packed(attention, "zigzag", 2, 0), Documents(edges, edges, 50, 50))
+    lse = torch.zeros(given.dlse.shape)
+    saved = backend.prepare_backward(given.dout, torch.zeros_like(given.q), lse, None)
+    result, dq = poisoned(given.q, given.q.dtype), poisoned(given.q, torch.float32)
+    for step in plan.steps:
+        target = GradTarget(*(torch.zeros(given.k.shape) for _ in range(2)), not step.first)
+        arguments = step, saved, *given[:3], dq
+        backend.backward(attention, *arguments, lambda target=target: target, result)
+    missed = [32, 49]
+    assert result[:, missed].isnan().all()
+    result[:, missed] = 0
+    assert result.isfinite().all()
+
+
+WAIT_DV = "    dv = warpgroup_mma_wait(CONSUMERS + 1, [dv])\n"
+RELEASE_DOUT = "    release(program.dout, dout_slot)\n"
+WAIT_DK = "    dk = warpgroup_mma_wait(0, [dk])\n"
+RELEASE_Q = "    release(program.q, q_slot)\n"
+BUGS = {
+    "no wait for K": ("            await_full(program.k, c, 0)\n", "            pass\n"),
+    "no wait for V": ("        await_full(program.v, CONSUMER, 0)\n", ""),
+    "no wait for Q": ("    await_full(program.q, q_slot, t // Q_STAGES)\n", ""),
+    "no wait for dout": ("    await_full(program.dout, dout_slot, t // DOUT_STAGES)\n", ""),
+    "no wait for lse": ("BLOCK_D, DOCUMENTS, 2)", "BLOCK_D, DOCUMENTS)"),
+    "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
+    "phase of a full slot": ("full.index(slot), turn & 1)", "full.index(slot), 0)"),
+    "dout released before its product": (WAIT_DV + RELEASE_DOUT, RELEASE_DOUT + WAIT_DV),
+    "Q released before its product": (WAIT_DK + RELEASE_Q, RELEASE_Q + WAIT_DK),
+    "Q never released": (RELEASE_Q, ""),
+    "ds used before both have stored it": ("    meet(DS_FULL)\n", ""),
+    "dq used before it is there": ("    dq = warpgroup_mma_wait(1, [dq])\n", ""),
+    "scores used before they are there": ("    s_t = warpgroup_mma_wait(1, [s_t])\n", ""),
+    "dq stored where the last one is": ("    await_empty(program.dq, slot, t // DQ_STAGES)\n", ""),
+    "a slot of dq given back early": ("            tma.store_wait(CONSUMERS)\n", ""),
+    "the slot of dq given back early": ("                tma.store_wait(CONSUMERS - 1 - c)\n", ""),
+    "the last dq not waited for": ("    tma.store_wait(0)\n", ""),
+    "dq not waited for by the writer": ("            await_full(program.dq, slot, t // DQ", "# "),
+    "the consumers' parts of dq changed over": ("end, c * COLUMNS,", "end, (1 - c) * COLUMNS,"),
+    "mask a row too wide": ("(hi - lo + 1)", "(hi - lo + 2)"),
+    "no mask on the left": ("(start < last + lo) | ", ""),
+    "no mask on the right": (" | (start + BLOCK_M - 1 > row + hi)", ""),
+    "keys past the tile": ("offs_n < walk.row_end, ", "offs_n < walk.row_end + 64, "),
+    "the band of a query": ("-gl.load(line_ptr + 3,", "-gl.load(line_ptr + 2,"),
+    "the last block left out": ("(last - first + BLOCK - 1)", "(last - first)"),
+    "one head of the group": ("            head += 1\n", "            head += 0\n"),
+    "one batch": ("(head // heads, key_head,", "(head * 0, key_head,"),
+    "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
+    "delta in another scale": ("            delta *= program.softmax_scale", "            pass"),
+    "a row that saw nothing": ('lse == float("-inf"), float("inf"),', "lse != lse, 0.0,"),
+}
+
+
+ORDERS = [(1, 2, None), (2, 3, None), (1, 3, 0), (2, 2, 1)]  # slots of dq and of Q, seed
+
+
+def planted(emulated, bugs=None):
+    """Return what is wrong in a case that all above has a part in, in the first of ORDERS with."""
+    given = inputs(Shape(320, 320, 2, 2, 1, 64), torch.bfloat16)
+    for dq_stages, q_stages, seed in ORDERS:
+        config = replace(BACKWARD[64], dq_stages=dq_stages, q_stages=q_stages)
+        try:
+            broken = check(emulated(config, bugs, seed), (True, (110, 0)), "zigzag", 2, given)
+        except (EmulationError, AssertionError) as failure:
+            broken = [str(failure)]
+        if broken:
+            return broken
+    return []
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_are_seen(emulated, name):
+    assert planted(emulated, dict([BUGS[name]]))
+
+
+def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
+    assert not planted(emulated)
+
+
+def test_deterministic_gradients_come_from_the_portable_kernels(emulated):
+    backend = emulated()
+    x = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    choose = [backend._choices(Attention(1.0, deterministic=d), x, False) for d in (False, True)]
+    assert choose[0].hopper_backward is BACKWARD[64] and choose[1].hopper_backward is None
+    assert choose[0].hopper_forward is None
+    assert {side.tile_rows for side in choose[0].sides if side.keys} == {BACKWARD[64].key_rows}
+
+
+def test_reasons_against_it():
+    unsupported = hopper_backward.unsupported
+    assert unsupported(90, torch.bfloat16, 128) == []
+    assert "sm_100" in unsupported(100, torch.bfloat16, 128)[0]
+    assert "float32" in unsupported(90, torch.float32, 128)[0]
+    assert "any order" in unsupported(90, torch.bfloat16, 128, deterministic=True)[0]
+    for head_dim in (8, 32, 44, 136, 256):
+        assert str(head_dim) in unsupported(90, torch.float16, head_dim)[0]
+    assert len(unsupported(80, torch.float32, 256, deterministic=True)) == 4
+
+
+def test_what_it_can_address():
+    def sources(**changed):
+        x = torch.zeros(1, 6, 4, 64, dtype=torch.bfloat16)
+        return dict.fromkeys(("q", "k", "v", "dout"), x) | changed
+
+    addresses, dq = hopper_backward.addresses, torch.zeros(1, 6, 4, 64)
+    for documents in (False, True):
+        assert addresses(sources(), None, documents) and addresses(sources(), dq, documents)
+        assert not addresses(sources(), dq.bfloat16(), documents)
+        assert not addresses(sources(), torch.zeros(1, 6, 4, 65)[..., :64], documents)
+        odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
+        assert not addresses(sources(dout=odd), dq, documents)
+    two = torch.zeros(2, 6, 4, 64, dtype=torch.bfloat16)
+    assert addresses(sources(k=two), dq, False) and not addresses(sources(k=two), dq, True)
