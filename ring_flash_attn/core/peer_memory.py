@@ -6,9 +6,10 @@ programs fill all of them, and a kernel that signals would wait for one to end.
 """
 
 import ctypes
+import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .transport import FREE, Channel
+
+_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"  # read by torch at each allocation
 
 
 class Place(NamedTuple):
@@ -141,9 +144,10 @@ class PeerMemory:
         from torch.distributed import _symmetric_memory as symmetric
 
         self._refuse_capture()
-        flat = symmetric.empty(prod(shape), dtype=dtype, device=self._device)
-        handle = symmetric.rendezvous(flat, self._group_name)
         shape = tuple(shape)
+        with _without_multicast():
+            flat = symmetric.empty(prod(shape), dtype=dtype, device=self._device)
+            handle = symmetric.rendezvous(flat, self._group_name)
         return _Shared(
             handle,
             [
@@ -173,6 +177,20 @@ class _Shared(list[Tensor]):
     def __init__(self, handle: Any, tensors: list[Tensor]) -> None:
         super().__init__(tensors)
         self.handle = handle
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """Keep torch from making a multicast object of memory that nobody will reach that way."""
+    before = os.environ.get(_NO_MULTICAST)
+    os.environ[_NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_MULTICAST]
+        else:
+            os.environ[_NO_MULTICAST] = before
 
 
 class _StreamMemory:
