@@ -71,6 +71,21 @@ def two_streams(layers, member):
     return kept
 
 
+def capture(layers, member):
+    """Capture forwards alone and forwards with backwards, replay them, and call on without."""
+    kept = train(layers, member)
+    for layer in layers:
+        for backward in (False, True):
+            with member.transport.capture() as graph:
+                held = member.forward(layer)
+                if backward:
+                    member.backward(held)
+            graph.replay()
+            graph.replay()
+            kept.append(held)
+    return kept + train(layers[:1], member)
+
+
 def execute(program, size, seed, slow=(), exchange=CopyEngineExchange):
     """Run a program on every rank; return the results that are wrong.
 

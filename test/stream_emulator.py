@@ -61,11 +61,45 @@ class Stream:
         operation.run(happened)
 
 
-class Graph:
-    """Operations that were captured instead of put on their streams."""
+class IllegalCapture(Exception):
+    """CUDA would not capture this."""
 
-    def __init__(self) -> None:
+
+class Graph:
+    """Operations that were captured instead of put on their streams, by CUDA's rules.
+
+    A side stream takes part once it waits for an event of the capture, nothing may wait for an
+    event from outside, and what side streams do must be behind an event that the caller waits for.
+    """
+
+    def __init__(self, caller: Stream) -> None:
         self.operations: list[tuple[Stream, Operation]] = []
+        self._caller = caller
+        self._length = {caller: 0}  # of the streams that take part
+        self._events: dict[object, tuple[Stream, int]] = {}
+        self._joined: dict[Stream, int] = {}
+
+    def put(self, stream: Stream, operation: Operation) -> None:
+        if stream not in self._length:
+            raise IllegalCapture(f"{operation.name} on {stream.name}, which has not been forked")
+        self._length[stream] += 1
+        self.operations.append((stream, operation))
+
+    def recorded(self, stream: Stream, event: object) -> None:
+        self._events[event] = stream, self._length[stream]
+
+    def waits(self, stream: Stream, event: object) -> None:
+        if event not in self._events:
+            raise IllegalCapture("a wait for an event from outside the capture")
+        self._length.setdefault(stream, 0)
+        if stream is self._caller:
+            of, length = self._events[event]
+            self._joined[of] = max(length, self._joined.get(of, 0))
+
+    def close(self) -> None:
+        for stream, length in self._length.items():
+            if stream is not self._caller and self._joined.get(stream, 0) < length:
+                raise IllegalCapture(f"{stream.name} has not been joined")
 
     def replay(self) -> None:
         """Put them all on their streams again. Events happen in each replay for itself."""
@@ -145,7 +179,7 @@ class EmulatedTransport:
 
     def put(self, stream: Stream, operation: Operation) -> None:
         if self._graph is not None:
-            self._graph.operations.append((stream, operation))
+            self._graph.put(stream, operation)
         else:
             stream.queue.append((operation, self._eager))
 
@@ -156,9 +190,12 @@ class EmulatedTransport:
     @contextmanager
     def capture(self) -> Iterator[Graph]:
         """Collect the operations inside instead of running them."""
-        self._graph = Graph()
-        yield self._graph
-        self._graph = None
+        self._graph = graph = Graph(self.caller)
+        try:
+            yield graph
+            graph.close()
+        finally:
+            self._graph = None
 
     def current_stream(self) -> Stream:
         return self.caller
@@ -169,9 +206,13 @@ class EmulatedTransport:
     def record(self, stream: Stream) -> object:
         event = object()
         self.put(stream, Operation("record", lambda happened: happened.add(event)))
+        if self._graph is not None:
+            self._graph.recorded(stream, event)
         return event
 
     def wait(self, stream: Stream, event: object) -> None:
+        if self._graph is not None:
+            self._graph.waits(stream, event)
         self.put(stream, Operation("wait", lambda _: None, lambda happened: event in happened))
 
     def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:

@@ -119,9 +119,9 @@ def test_a_captured_pass_replays_with_fresh_inputs():
             held = member.forward(layer)
             member.backward(held)
         # The capture loads the inputs of `layer`; what a replay reads are those of `other`.
+        graph.operations = [x for x in graph.operations if x[1].name != "input"]
         own = member.load(other).tensors
         world.run(0)
-        graph.operations = [x for x in graph.operations if x[1].name != "input"]
         for target, x in zip(held.tensors, own, strict=True):
             target.copy_(x)
         held.layer = other

@@ -11,9 +11,9 @@ from functools import partial
 
 import pytest
 
-from copy_engine_programs import MIXED, bad_luck, execute, infer, pair, train, two_streams
+from copy_engine_programs import MIXED, bad_luck, capture, execute, infer, pair, train, two_streams
 from ring_flash_attn.core import copy_engine
-from stream_emulator import LostSignal, Stuck
+from stream_emulator import IllegalCapture, LostSignal, Stuck
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
@@ -27,6 +27,7 @@ ARRIVED = "        transport.signal(push, owner, Channel.ARRIVED)\n"
 MUTATIONS = {
     # name: (what is in the source, what it becomes, a program that must notice, ranks)
     "nothing": ("", "", partial(train, ZIGZAG), 4),
+    "nothing from a graph": ("", "", partial(capture, [ZIGZAG[0], CONTIGUOUS[0]]), 3),
     "K, V are staged": (READY, "", partial(train, ZIGZAG), 4),
     "staged K, V are fetched by all": (
         "            free(pull, self._traffic.reader(step), Channel.KV_FREE)\n",
@@ -117,6 +118,30 @@ MUTATIONS = {
         partial(train, CONTIGUOUS),
         4,
     ),
+    "a graph that captures a push": (
+        "            transport.wait(transport.push_stream, start)\n",
+        "            pass\n",
+        partial(capture, CONTIGUOUS),
+        2,
+    ),
+    "a graph that captures a forward alone": (
+        "        if self._backward:\n            transport.wait(transport.push_stream, start)\n",
+        "        transport.wait(transport.push_stream, start)\n",
+        partial(capture, ZIGZAG),
+        2,
+    ),
+    "a graph that is not behind the last call": (
+        "if transport.idle is not None and not transport.capturing():",
+        "if transport.idle is not None:",
+        partial(capture, ZIGZAG),
+        2,
+    ),
+    "an event that only a graph has": (
+        "        if not self._transport.capturing():\n            self._transport.idle",
+        "        if True:\n            self._transport.idle",
+        partial(capture, ZIGZAG),
+        2,
+    ),
     "passes on two streams": (
         "            transport.wait(self._compute, transport.idle)\n",
         "            pass\n",
@@ -144,8 +169,8 @@ def test_a_missing_wait_is_noticed(name):
     for seed, slow in enumerate(bad_luck(size) * 3):
         try:
             found += execute(program, size, seed, slow, exchange)
-        except (Stuck, LostSignal, AssertionError) as error:
+        except (Stuck, LostSignal, IllegalCapture, AssertionError) as error:
             found.append(repr(error))
         if found:
             break
-    assert bool(found) == (name != "nothing"), found
+    assert bool(found) == (not name.startswith("nothing")), found
