@@ -4,6 +4,7 @@ Slots, shares and landing slots start as NaN and become NaN between passes, and 
 multiples of a tile, so a kernel that reads past what was fetched gives NaN.
 """
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import oracle
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Layer, Member, wrong
+from ranks import run_ranks
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from ring_flash_attn.core.traffic import packed_traffic
 from simulated_ring import SCALE, Shape, attention_of, inputs
@@ -117,3 +119,50 @@ def test_batches(layout, mask, device):
 )
 def test_documents_on_the_device(layout, mask, device):
     check(PackedMember, Layer(layout, mask, local_len=ROWS), 2, device, rounds=1)
+
+
+def on_gpus(rank, layout, window):
+    """Return out, lse, dq, dk, dv of the ring, and of each call by copy engine."""
+    from ring_flash_attn import ring_attention
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v, dout = (
+        torch.randn(2, 1000, heads, 64, generator=generator).to(device, torch.bfloat16)
+        for heads in (8, 2, 2, 8)
+    )
+
+    def call(exchange):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = ring_attention(
+            *leaves,
+            layout=layout,
+            backend="triton",
+            causal=True,
+            window_size=window,
+            exchange=exchange,
+        )
+        return [out, lse, *torch.autograd.grad(out, leaves, dout)]
+
+    results = [call("ring")]
+    random.seed(rank)
+    for _ in range(10):
+        torch.cuda._sleep(random.randrange(1000, 2_000_000))  # each rank is late now and then
+        results.append(call("copy-engine"))
+    return [[x.detach().cpu() for x in result] for result in results]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("window", [(-1, -1), (300, 0)], ids=str)
+@pytest.mark.parametrize("layout", oracle.LAYOUTS)
+def test_two_gpus_equal_the_ring_and_themselves(layout, window):
+    for ring, first, *others in run_ranks(2, on_gpus, layout, window):
+        for name, x, y in zip(("out", "lse", "dq"), first, ring, strict=False):
+            assert torch.equal(x, y), name
+        for x, y in zip(first[3:], ring[3:], strict=True):
+            # Summed in another order, then rounded.
+            torch.testing.assert_close(x, y, rtol=2**-7, atol=2**-7 * y.abs().max().item())
+        for other in others:
+            assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
