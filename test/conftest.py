@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ _passed: Counter[str] = Counter()
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """Let torch.empty return NaN, so that every element that nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns, unless told not to
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

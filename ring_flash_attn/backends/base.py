@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 class GradTarget(NamedTuple):
     """Where a step's share of dk, dv goes: [B, L, Hk, D] of the source's rows, state dtype.
 
-    `add`: add to what is there; otherwise store into every row that a block touches (the ring
+    `add`: add to what is there; otherwise store into every row that a block touches (the exchange
     has zeroed the others).
     """
 

@@ -9,6 +9,7 @@ Later calls cost one dictionary lookup. RING_FLASH_ATTN_CHECK=1 exchanges on eve
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from .validate import check_group
 
+T = TypeVar("T")
 EXCHANGED_CALLS = 2
 _ERROR = "error"
 # Calls that each group has made so far. Every rank of a group makes the same calls.
@@ -40,13 +42,14 @@ def agreement(group: dist.ProcessGroup | None, own: object) -> Iterator[dict[str
     if not _due(group, world_size):
         yield None
         return
+    device = own.device if isinstance(own, torch.Tensor) else None
     mine: dict[str, str] = {}
     try:
         yield mine
     except Exception as error:
-        _exchange(group, own, {_ERROR: f"{type(error).__name__}: {error}"})
+        gather_objects(group, device, {_ERROR: f"{type(error).__name__}: {error}"})
         raise
-    _compare(_exchange(group, own, mine))
+    _compare(gather_objects(group, device, mine))
 
 
 def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
@@ -61,13 +64,18 @@ def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
     return os.environ.get("RING_FLASH_ATTN_CHECK") == "1"
 
 
-def _exchange(
-    group: dist.ProcessGroup | None, own: object, mine: dict[str, str]
-) -> list[dict[str, str]]:
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
-    device = own.device if isinstance(own, torch.Tensor) and own.is_cuda else None
+def gather_objects(
+    group: dist.ProcessGroup | None, device: torch.device | None, mine: T
+) -> list[T]:
+    """Return what every rank has brought, by rank. Collective, and a host sync.
+
+    Args:
+        device: where the ranks' tensors are, if known.
+    """
+    everyone = [mine] * dist.get_world_size(group)
     # nccl gathers objects on the current device, which a caller may never have set.
-    with nullcontext() if device is None else torch.cuda.device(device):
+    on_gpu = device is not None and device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
         dist.all_gather_object(everyone, mine, group=group)
     return everyone
 

@@ -6,8 +6,10 @@ from torch import Tensor
 from ..backends import select_backend
 from .agree import agreement
 from .attention import Attention
+from .choose import Route, wanted_exchange
 from .function import Call, RingAttention, run_backward, run_forward
 from .plan import RingPlan, plan_local, plan_ring
+from .traffic import ring_traffic
 from .validate import (
     check_attention,
     check_backward,
@@ -29,6 +31,7 @@ def ring_attention(
     window_size: tuple[int, int] = (-1, -1),
     deterministic: bool = False,
     group: dist.ProcessGroup | None = None,
+    exchange: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over a sequence sharded across the ranks of `group`.
 
@@ -42,6 +45,9 @@ def ring_attention(
         window_size: (left, right) in tokens of global position, -1 for open.
         deterministic: gradients must be bitwise repeatable.
         group: the ranks that hold the sequence; None for the default group.
+        exchange: how K, V travel: `ring`, hop by hop over torch.distributed, or `copy-engine`,
+            straight between the GPUs of one host, see `core.copy_engine`. None: what the
+            environment variable RING_FLASH_ATTN_EXCHANGE says, `ring` if it is not set.
 
     Returns:
         out [B, L, H, D] in q's dtype and lse [B, H, L], natural log, float32 (float64 for
@@ -49,7 +55,8 @@ def ring_attention(
 
     Raises:
         TypeError, ValueError: a bad argument.
-        NotImplementedError: no backend of that name runs it; lists every reason.
+        NotImplementedError: no backend of that name runs it, or not the exchange asked for; lists
+            every reason.
         All are raised before anything is sent.
     """
     with agreement(group, q) as same:
@@ -61,6 +68,7 @@ def ring_attention(
             backend,
             group,
             same,
+            exchange,
             softmax_scale=softmax_scale,
             causal=causal,
             window_size=window_size,
@@ -77,12 +85,14 @@ def ring_call(
     backend: str,
     group: dist.ProcessGroup | None,
     same: dict[str, str] | None,
+    exchange: str | None = None,
     **options,
 ) -> Call:
     """Check every argument of a distributed call and return all but the tensors as one value.
 
     Args:
         same: gets what the ranks must agree on, in words, unless None. See `agreement`.
+        exchange: as in `ring_attention`.
         options: flash-attn's softmax_scale, causal, window_size, dropout_p, alibi_slopes and
             deterministic, as `check_attention` takes them.
     """
@@ -91,10 +101,16 @@ def ring_call(
     check_transport(group, q)
     q_layout, k_layout = check_layouts(layout, attention, q, k, dist.get_world_size(group))
     runs = select_backend(backend, attention, q, k, v)
-    plan = plan_ring(attention, q_layout, k_layout, dist.get_rank(group))
+    wanted, rank = wanted_exchange(exchange), dist.get_rank(group)
+    plan = plan_ring(attention, q_layout, k_layout, rank)
+    route = None
+    if wanted != "ring":
+        traffic = ring_traffic(attention, q_layout, k_layout, rank)
+        route = Route(traffic, required=wanted is not None)
     if same is not None:
         note_call(same, attention, q, k, layout)
-    return Call(attention, plan, runs, group)
+        same["exchange"] = str(wanted)
+    return Call(attention, plan, runs, group, route)
 
 
 def note_call(

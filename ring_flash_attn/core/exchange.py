@@ -24,7 +24,11 @@ class Exchange(Protocol):
         ...
 
     def dkv_target(self, step: int) -> GradTarget:
-        """Return where this step's share of dk, dv goes."""
+        """Return where this step's share of dk, dv goes.
+
+        Where it is to be stored, rows that no block touches are zero. A step that sees nothing on
+        this rank asks too, and writes nothing.
+        """
         ...
 
     def dkv_done(self, step: int) -> None:
@@ -33,6 +37,10 @@ class Exchange(Protocol):
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return dk, dv of this rank's own rows, summed over every rank."""
+        ...
+
+    def abandon(self) -> None:
+        """Take back what can be after an error: this pass asks for nothing more."""
         ...
 
 
@@ -59,7 +67,7 @@ class RingExchange:
         state: torch.dtype,
     ) -> None:
         self._k, self._v, self._state = k, v, state
-        self._last = len(plan.steps) - 1
+        self._last, self._first_step = len(plan.steps) - 1, plan.steps[0]
         self._kv: list[Tensor] = []
         self._dkv: list[Tensor] = []
         if self._last > 0:
@@ -96,6 +104,10 @@ class RingExchange:
         else:
             self._dkv_comm.wait()
         dk, dv = self._split(self._dkv[step % 2])
+        if step == 0:
+            for begin, end in self._first_step.unseen_k():
+                dk[:, begin:end] = 0
+                dv[:, begin:end] = 0
         return GradTarget(dk, dv, add=step > 0)
 
     def dkv_done(self, step: int) -> None:
@@ -110,6 +122,9 @@ class RingExchange:
             return self._split(self._dkv[0])
         self._home_comm.wait()
         return self._split(self._dkv[(self._last + 1) % 2])
+
+    def abandon(self) -> None:
+        """Nothing: messages under way end by themselves, and the other ranks are left waiting."""
 
     def _send_kv(self, step: int) -> None:
         self._kv_comm.send_recv(self._kv[step % 2], self._kv[(step + 1) % 2])

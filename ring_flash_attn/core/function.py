@@ -1,5 +1,7 @@
 """One call, forward and backward, and the one autograd.Function over it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, state_dtype
 from .attention import Attention
-from .exchange import RingExchange
+from .choose import Route, open_exchange
+from .exchange import Exchange
 from .packed import DocumentsPlan
 from .plan import RingPlan
 from .ring import ring_backward, ring_forward
@@ -24,20 +27,21 @@ class Call:
         plan: this rank's steps. A plan of one step needs no process group.
         backend: who computes a step.
         group: who takes part; None for the default group.
+        route: how K, V travel; None over the ring.
     """
 
     attention: Attention
     plan: RingPlan | DocumentsPlan
     backend: Backend
     group: dist.ProcessGroup | None = None
+    route: Route | None = None
 
 
 @torch.no_grad()
 def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
-    exchange = RingExchange(call.group, call.plan, k, v, state_dtype(q.dtype))
-    out, lse = ring_forward(call.attention, call.plan, call.backend, exchange, q)
-    return out, lse
+    with _pass(call, k, v, backward=False) as exchange:
+        return ring_forward(call.attention, call.plan, call.backend, exchange, q)
 
 
 @torch.no_grad()
@@ -57,10 +61,22 @@ def run_backward(
         dout: [B, L, H, D], gradient of out. out: what `run_forward` returned. q, k, v: its inputs.
         lse: [B, H, L]. dlse: [B, H, L], gradient of lse; None if there is none.
     """
-    exchange = RingExchange(call.group, call.plan, k, v, state_dtype(q.dtype))
-    saved = call.backend.prepare_backward(dout, out, lse, dlse)
-    dq, dk, dv = ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
+    with _pass(call, k, v, backward=True) as exchange:
+        saved = call.backend.prepare_backward(dout, out, lse, dlse)
+        dq, dk, dv = ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@contextmanager
+def _pass(call: Call, k: Tensor, v: Tensor, backward: bool) -> Iterator[Exchange]:
+    """Open the exchange of one pass, and abandon it on an error."""
+    state = state_dtype(k.dtype)
+    exchange = open_exchange(call.group, call.plan, call.route, k, v, state, backward)
+    try:
+        yield exchange
+    except BaseException:
+        exchange.abandon()
+        raise
 
 
 class RingAttention(torch.autograd.Function):

@@ -12,9 +12,11 @@ from torch import Tensor
 from ..backends import needs_lengths, select_backend
 from .agree import agreement
 from .api import note_call
+from .choose import Route, wanted_exchange
 from .function import Call, RingAttention
 from .gather import GatheredAttention, GatheredCall
 from .packed import Documents, on_device, on_host, plan_gathered, plan_packed
+from .traffic import packed_traffic
 from .validate import (
     check_attention,
     check_cu_seqlens,
@@ -36,6 +38,7 @@ def packed_attention(
     layout: str = "contiguous",
     backend: str = "native",
     group: dist.ProcessGroup | None = None,
+    exchange: str | None = None,
     **options,
 ) -> tuple[Tensor, Tensor]:
     """Attend within packed documents sharded over `group`, K and V travelling a ring.
@@ -44,7 +47,7 @@ def packed_attention(
         q: [T, H, D], k, v: [T, Hk, D], this rank's rows of all documents.
         cu_seqlens: [N + 1] int32 on q's device, local. max_seqlen: the longest one's local rows.
         layout: `contiguous`, `zigzag` or `stripe`: how each document is placed, as in `Layout`.
-        backend: as in `ring_attention`.
+        backend, exchange: as in `ring_attention`.
         options: softmax_scale, causal, window_size, deterministic, as in `ring_attention`.
 
     Returns:
@@ -56,7 +59,9 @@ def packed_attention(
     """
     with agreement(group, q) as same:
         q, k, v = as_batch(q, k, v)
-        call = packed_call(q, k, v, cu_seqlens, max_seqlen, layout, backend, group, same, **options)
+        call = packed_call(
+            q, k, v, cu_seqlens, max_seqlen, layout, backend, group, same, exchange, **options
+        )
     out, lse = RingAttention.apply(q, k, v, call)
     return out.squeeze(0), lse.squeeze(0)
 
@@ -111,6 +116,7 @@ def packed_call(
     backend: str,
     group: dist.ProcessGroup | None,
     same: dict[str, str] | None,
+    exchange: str | None = None,
     **options,
 ) -> Call:
     """Check every argument of a ring over packed documents.
@@ -118,7 +124,7 @@ def packed_call(
     Args:
         q: [1, T, H, D], k, v: [1, T, Hk, D]. cu_seqlens: [N + 1] int32, local. max_seqlen: the
             longest document's local rows.
-        same, options: as in `ring_call`.
+        same, exchange, options: as in `ring_call`.
 
     The numbers in cu_seqlens are read and checked on calls that ranks compare (see `agreement`),
     wherever they are on the CPU, and for a backend that needs them (`needs_lengths`). On a GPU that
@@ -134,7 +140,12 @@ def packed_call(
     check_positive("max_seqlen", max_seqlen)
     runs = select_backend(backend, attention, q, k, v)
     documents = Documents(cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], max_seqlen, max_seqlen)
-    plan = plan_packed(attention, layout, dist.get_world_size(group), dist.get_rank(group))
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    wanted, route = wanted_exchange(exchange), None
+    plan = plan_packed(attention, layout, size, rank)
+    if wanted != "ring":
+        traffic = packed_traffic(attention, layout, size, rank, k.shape[1])
+        route = Route(traffic, required=wanted is not None)
     why_read = needs_lengths(runs, plan, documents)
     if why_read or same is not None or not cu_seqlens.is_cuda:
         edges, _ = documents.edges
@@ -144,8 +155,9 @@ def packed_call(
         if same is not None:
             note_call(same, attention, q, k, layout)
             same["cu_seqlens"] = _summary(edges)
+            same["exchange"] = str(wanted)
     placed = on_host(plan, documents) if why_read else on_device(plan, documents)
-    return Call(attention, placed, runs, group)
+    return Call(attention, placed, runs, group, route)
 
 
 def gathered_call(

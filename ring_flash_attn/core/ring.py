@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend, GradTarget, Saved, Step, state_dtype
+from ..backends.base import Backend, Saved, state_dtype
 from .attention import Attention
 from .exchange import Exchange
 from .packed import DocumentsPlan
@@ -70,11 +70,11 @@ def ring_backward(
                 k,
                 v,
                 dq,
-                lambda step=step: _target(exchange, step),
+                lambda step=step: exchange.dkv_target(step.step),
                 result,
             )
         else:
-            _target(exchange, step)
+            exchange.dkv_target(step.step)
         exchange.kv_done(step.step)
         exchange.dkv_done(step.step)
     dk, dv = exchange.finish()
@@ -101,13 +101,3 @@ def _state_and_result(plan: RingPlan | DocumentsPlan, q: Tensor) -> tuple[Tensor
     for begin, end in plan.steps[0].unseen_q():
         state[:, begin:end] = 0
     return state, result
-
-
-def _target(exchange: Exchange, step: Step) -> GradTarget:
-    """Return the step's target; where it is to be stored, rows that nobody sees are zeroed."""
-    target = exchange.dkv_target(step.step)
-    if not target.add:
-        for begin, end in step.unseen_k():
-            target.dk[:, begin:end] = 0
-            target.dv[:, begin:end] = 0
-    return target

@@ -1,0 +1,249 @@
+"""Streams, copies, signals and shared memory of GPUs that reach each other's memory: `Transport`.
+
+Memory comes from torch's symmetric memory, by plain peer mappings: nothing here uses multicast.
+Signals are stream memory operations of the CUDA driver. They need no SM, which matters: attention
+programs fill all of them, and a kernel that signals would wait for one to end.
+"""
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .transport import FREE, Channel
+
+_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"  # read by torch at each allocation
+
+
+class Place(NamedTuple):
+    """Where a rank's tensors are, as it tells the other ranks.
+
+    Attributes:
+        host: boot id and name of its host.
+        device: the UUID of its GPU; "" if it has none.
+        unsupported: what it lacks by itself.
+    """
+
+    host: str
+    device: str
+    unsupported: tuple[str, ...]
+
+
+def place_of(device: torch.device) -> Place:
+    """Return where this rank is, and what it lacks for a `PeerMemory`."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    host = f"{socket.gethostname()} {boot}"
+    if device.type != "cuda":
+        return Place(host, "", (f"its tensors are on {device}, the copy engine moves GPU memory",))
+    return Place(host, _uuid(device.index), tuple(_missing()))
+
+
+def out_of_reach(places: Sequence[Place], rank: int, device: torch.device) -> list[str]:
+    """Return every reason why this rank cannot fetch from the others; empty if it can."""
+    own, reasons = places[rank], list(places[rank].unsupported)
+    visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
+    for peer, place in enumerate(places):
+        if peer == rank:
+            continue
+        if place.host != own.host:
+            reasons.append(f"rank {peer} is on another host")
+        elif place.device == own.device != "":
+            reasons.append(f"rank {peer} has the same GPU")
+        elif place.device and own.device:
+            index = visible.get(place.device)
+            if index is None:
+                reasons.append(f"rank {peer}'s GPU is hidden from it (CUDA_VISIBLE_DEVICES)")
+            elif not torch.cuda.can_device_access_peer(device, index):
+                reasons.append(f"its GPU cannot reach the memory of rank {peer}'s")
+    return reasons
+
+
+class PeerMemory:
+    """The `Transport` of one rank on one GPU. Making one is collective.
+
+    A CUDA graph may capture passes, after one call that allocates. Replays belong on one stream
+    with the other calls of the group, or ordered with them: what a capture records is not ordered
+    behind calls outside it.
+
+    Args:
+        group: the ranks; only its name is kept, so that the group can be freed.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._group_name, self._device = group.group_name, device
+        # Their operations are short and others wait for them.
+        self.pull_stream = torch.cuda.Stream(device, priority=-1)
+        self.push_stream = torch.cuda.Stream(device, priority=-1)
+        self.idle: torch.cuda.Event | None = None
+        self._memory = _driver()
+        self._mail = self.shared((self.world_size, len(Channel)), torch.int32)
+        own = self._mail[self.rank]
+        own.zero_()
+        own[:, list(FREE)] = 1
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait on the host until every rank's work so far is done."""
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device):
+            self._mail.handle.barrier()
+        torch.cuda.synchronize(self._device)
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def capturing(self) -> bool:
+        with torch.cuda.device(self._device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def add(self, stream: torch.cuda.Stream, target: Tensor, share: Tensor) -> None:
+        with torch.cuda.stream(stream):
+            target.add_(share)
+
+    def fill(self, stream: torch.cuda.Stream, target: Tensor, value: float) -> None:
+        with torch.cuda.stream(stream):
+            target.fill_(value)
+
+    def signal(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
+        self._memory.write(stream, self._mailbox(peer, self.rank, channel), 1)
+
+    def take(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
+        mailbox = self._mailbox(self.rank, peer, channel)
+        self._memory.wait(stream, mailbox, 1)
+        self._memory.write(stream, mailbox, 0)
+
+    def look(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
+        self._memory.wait(stream, self._mailbox(self.rank, peer, channel), 1)
+
+    def shared(self, shape: Sequence[int], dtype: torch.dtype) -> "_Shared":
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self._refuse_capture()
+        shape = tuple(shape)
+        with _without_multicast():
+            flat = symmetric.empty(prod(shape), dtype=dtype, device=self._device)
+            handle = symmetric.rendezvous(flat, self._group_name)
+        return _Shared(
+            handle,
+            [
+                flat.view(shape) if rank == self.rank else handle.get_buffer(rank, shape, dtype)
+                for rank in range(self.world_size)
+            ],
+        )
+
+    def local(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._refuse_capture()
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def _mailbox(self, of: int, sender: int, channel: Channel) -> int:
+        return self._mail[of].data_ptr() + 4 * (sender * len(Channel) + channel)
+
+    def _refuse_capture(self) -> None:
+        if self.capturing():
+            raise RuntimeError(
+                "the copy-engine exchange allocates memory with its first forward and its first "
+                "backward of a shape, which a CUDA graph cannot capture: run both once before"
+            )
+
+
+class _Shared(list[Tensor]):
+    """A tensor of each rank, by rank, and the mapping that the peers' live in."""
+
+    def __init__(self, handle: Any, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        self.handle = handle
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """Keep torch from making a multicast object of memory that nobody will reach that way."""
+    before = os.environ.get(_NO_MULTICAST)
+    os.environ[_NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_MULTICAST]
+        else:
+            os.environ[_NO_MULTICAST] = before
+
+
+class _StreamMemory:
+    """cuStreamWriteValue32 and cuStreamWaitValue32: a stream writes a number, or waits for one.
+
+    A write is fenced behind the stream's earlier work.
+    """
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL("libcuda.so.1")
+        self._write = _function(library, "cuStreamWriteValue32")
+        self._wait = _function(library, "cuStreamWaitValue32")
+
+    def write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
+        _check("cuStreamWriteValue32", self._write(stream.cuda_stream, address, value, 0))
+
+    def wait(self, stream: torch.cuda.Stream, address: int, least: int) -> None:
+        _check("cuStreamWaitValue32", self._wait(stream.cuda_stream, address, least, 0))
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    function = getattr(library, f"{name}_v2", None) or getattr(library, name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _check(name: str, status: int) -> None:
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA driver error {status}")
+
+
+@cache
+def _driver() -> _StreamMemory:
+    return _StreamMemory()
+
+
+def _missing() -> list[str]:
+    """Return what torch or the driver lacks."""
+    reasons = []
+    try:
+        from torch.distributed import _symmetric_memory
+
+        if not hasattr(_symmetric_memory, "rendezvous"):
+            reasons.append(f"torch {torch.__version__} has no symmetric memory")
+    except ImportError:
+        reasons.append(f"torch {torch.__version__} has no symmetric memory")
+    try:
+        _driver()
+    except (OSError, AttributeError) as error:
+        reasons.append(f"the CUDA driver has no stream memory operations ({error})")
+    return reasons
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
