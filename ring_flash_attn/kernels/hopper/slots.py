@@ -38,6 +38,23 @@ def make_slots(
 
 
 @gluon.jit
+def make_box_slots(
+    N: gl.constexpr,
+    READERS: gl.constexpr,
+    desc,
+    BLOCK: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+    WRITERS: gl.constexpr = 1,
+):
+    """Return slots for boxes of BLOCK rows and COLUMNS, plain or of a cut descriptor."""
+    if DOCUMENTS:
+        return make_slots(N, READERS, desc, [1, 1, BLOCK, 1, COLUMNS], WRITERS)
+    else:
+        return make_slots(N, READERS, desc, [1, 1, BLOCK, COLUMNS], WRITERS)
+
+
+@gluon.jit
 def make_bars(N: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
     """Return the barriers (full, empty) of N slots."""
     full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
