@@ -18,13 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
+HOPPER_BACKWARD = ("backward", "wide-dq", "wide-dkv")
+
 
 @dataclass(frozen=True)
 class Job:
     """One kernel to compile: its pass, the part, the inputs, the launch configuration.
 
     Attributes:
-        pass_: of kernels.configs, or "backward": the Hopper kernel that does dq and dkv.
+        pass_: of kernels.configs; or "backward", "wide-dq", "wide-dkv": of the Hopper backward the
+            kernel that does all, and those for wide heads.
         adds: whether it reads and adds what is there (CARRY, ADD), or stores.
         documents: whether it reads packed documents.
         one_entry: of the Hopper forward, whether its tiles meet one entry each; None: a portable
@@ -48,7 +51,7 @@ class Job:
         how = "adds" if self.adds else "stores"
         how += "-documents" if self.documents else ""
         how += {None: "", True: "-hopper", False: "-hopper-list"}[self.one_entry]
-        how += "-hopper" if self.pass_ == "backward" else ""
+        how += "-hopper" if self.pass_ in HOPPER_BACKWARD else ""
         return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
 
 
@@ -98,7 +101,7 @@ def compile_all(jobs: list[Job]) -> list[Report]:
 def compile_job(job: Job) -> Report:
     """Compile one job here and now. TRITON_INTERPRET must be unset."""
     try:
-        if job.pass_ == "backward":
+        if job.pass_ in HOPPER_BACKWARD:
             return _report(_compile_hopper_backward(job), job.arch)
         compiled = _compile(job) if job.one_entry is None else _compile_hopper(job)
         return _report(compiled, job.arch)
@@ -191,8 +194,12 @@ def _compile_hopper_backward(job: Job):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from ring_flash_attn.kernels.hopper.backward import _hopper_bwd_kernel
+    from ring_flash_attn.kernels.hopper.backward_wide import _hopper_dkv_kernel
+    from ring_flash_attn.kernels.hopper.backward_wide_dq import _hopper_dq_kernel
     from ring_flash_attn.kernels.hopper.configs import backward_config
 
+    kernels = _hopper_bwd_kernel, _hopper_dq_kernel, _hopper_dkv_kernel
+    kernel = dict(zip(HOPPER_BACKWARD, kernels, strict=True))[job.pass_]
     config = backward_config(job.head_dim)
     assert config is not None, job
     block_d = max(64, 1 << (job.head_dim - 1).bit_length())
@@ -200,24 +207,24 @@ def _compile_hopper_backward(job: Job):
     constants = {
         "HEAD_DIM": job.head_dim,
         "BLOCK_D": block_d,
-        "BLOCK_M": config.block_m,
         "ADD": job.adds,
         "DOCUMENTS": job.documents,
-        "Q_STAGES": config.q_stages,
-        "DOUT_STAGES": config.dout_stages,
-        "DS_STAGES": config.ds_stages,
-        "DQ_STAGES": config.dq_stages,
-        "EARLY": config.early,
         "CONSUMER_REGISTERS": consumer,
         "OTHER_REGISTERS": others,
+        "PRODUCER_REGISTERS": others,
+        "BLOCK_M": job.block_m,
     }
+    for name in ("stages", "q_stages", "dout_stages", "ds_stages", "dq_stages", "early"):
+        constants[name.upper()] = getattr(config, name, None)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
-    rows, columns = config.block_m, block_d // 2 if config.block_m == 64 else block_d
+    fused = job.pass_ == "backward"
+    rows, columns = job.block_m if fused else 64, block_d // 2 if job.block_m == 64 else block_d
     of_inputs = {"q": rows, "dout": rows, "k": 64, "v": 64}
     boxes = {name: (n, block_d, job.dtype, element) for name, n in of_inputs.items()}
     boxes["dq"] = 64, columns, "float32", gl.float32
     signature = {}
-    for name in _hopper_bwd_kernel.arg_names:
+    for name in kernel.arg_names:
         if name in boxes:
             n, width, dtype, kind = boxes[name]
             box = [1, 1, n, 1, width] if job.documents else [1, 1, n, width]
@@ -225,7 +232,7 @@ def _compile_hopper_backward(job: Job):
             signature[name] = f"tensordesc<{TRITON_NAMES[dtype]}{box},{layout!r}>"
         else:
             signature[name] = _type(name, job, constants)
-    source = GluonASTSource(_hopper_bwd_kernel, signature, constants, _multiples_of_16(signature))
+    source = GluonASTSource(kernel, signature, constants, _multiples_of_16(signature))
     options = {"num_warps": job.num_warps, "maxnreg": at_launch}
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
 

@@ -23,6 +23,7 @@ from ring_flash_attn.kernels.configs import (
 from ring_flash_attn.kernels.hopper.configs import (
     BACKWARD,
     FORWARD,
+    WIDE,
     backward_config,
     forward_config,
 )
@@ -121,20 +122,24 @@ def hopper() -> list[Job]:
 
 def hopper_backward() -> list[Job]:
     """Every row of the Hopper backward in two of its forms, and what borrows the rows."""
+    fused, wide = ("backward",), ("wide-dq", "wide-dkv")
     forms = [
-        # head_dim, dtype, adds, documents
-        *((head_dim, "bfloat16", False, False) for head_dim in BACKWARD),
-        *((head_dim, "bfloat16", True, True) for head_dim in BACKWARD),
-        (128, "float16", True, False),
-        (80, "bfloat16", False, True),
-        (40, "float16", True, False),
+        # passes, head_dim, dtype, adds, documents
+        *((fused, head_dim, "bfloat16", False, False) for head_dim in BACKWARD),
+        *((fused, head_dim, "bfloat16", True, True) for head_dim in BACKWARD),
+        (fused, 128, "float16", True, False),
+        (fused, 80, "bfloat16", False, True),
+        (fused, 40, "float16", True, False),
+        *((wide, head_dim, "bfloat16", False, False) for head_dim in WIDE),
+        *((wide, head_dim, "bfloat16", True, True) for head_dim in WIDE),
+        (wide, 160, "float16", True, False),
     ]
     jobs = []
-    for head_dim, dtype, adds, documents in forms:
+    for passes, head_dim, dtype, adds, documents in forms:
         config = backward_config(head_dim)
         assert config is not None
-        tile = config.block_m, config.key_rows, 4, config.q_stages
-        jobs.append(Job("backward", 90, head_dim, dtype, *tile, True, adds, documents))
+        tile = getattr(config, "block_m", 128), config.key_rows, 4, 2
+        jobs += [Job(name, 90, head_dim, dtype, *tile, True, adds, documents) for name in passes]
     return jobs
 
 
@@ -219,12 +224,13 @@ def test_hopper_backward_rows(job: Job):
     assert not report.serialized
     assert report.shared <= shared_memory(job.arch)
     assert report.registers == config.registers[0]
-    assert report.wgmma and report.tma_loads and report.tma_adds and not report.mma_sync
+    assert report.wgmma and report.tma_loads and not report.mma_sync
+    assert bool(report.tma_adds) == (job.pass_ == "backward")
 
 
 def test_registers_of_the_hopper_kernels_are_what_a_multiprocessor_has():
     both = [(config, config.consumers) for config in FORWARD.values()]
-    both += [(config, 2) for config in BACKWARD.values()]
+    both += [(config, 2) for config in (*BACKWARD.values(), *WIDE.values())]
     for config, consumers in both:
         at_launch, consumer, others = config.registers
         warpgroups = consumers + 1

@@ -4,6 +4,7 @@ As test_hopper_forward.py: what the emulator cannot know test_aot.py and a GPU m
 """
 
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from ring_flash_attn.core.plan import plan_local, plan_ring
-from ring_flash_attn.kernels.hopper.configs import BACKWARD
+from ring_flash_attn.kernels.hopper.configs import BACKWARD, WIDE
 from simulated_ring import SCALE, Shape, inputs, mask_id, poisoned, state_and_result, truth, zero
 
 pytestmark = [
@@ -30,20 +31,31 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 
-SOURCE = Path(hopper.__file__).parents[1] / "kernels" / "hopper" / "backward.py"
+FOLDER = Path(hopper.__file__).parents[1] / "kernels" / "hopper"
+FILES = {
+    "_hopper_bwd_kernel": "backward.py",
+    "_hopper_dkv_kernel": "backward_wide.py",
+    "_hopper_dq_kernel": "backward_wide_dq.py",
+}
 CAUSAL, FULL = (True, (-1, -1)), (False, (-1, -1))
 GRADIENTS = ("dq", "dk", "dv")
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """Make a backend's backward run the Hopper kernel in the emulator; take a config to do so."""
+    """Make a backend's backward run the Hopper kernels in the emulator; take a config to do so.
 
-    def start(config=None, bugs=None, seed=None):
-        kernel = load_module(SOURCE, bugs, seed=seed)._hopper_bwd_kernel
+    `bugs` go into all kernels, or into the one named `bugged`.
+    """
 
-        def launch(_, grid, arguments, **options):
-            kernel[grid](**arguments, **options)
+    def start(config=None, bugs=None, seed=None, bugged=None):
+        @cache
+        def kernel(name):
+            planted = bugs if bugged in (None, name) else None
+            return getattr(load_module(FOLDER / FILES[name], planted, seed=seed), name)
+
+        def launch(given, grid, arguments, **options):
+            kernel(given.fn.__name__)[grid](**arguments, **options)
 
         monkeypatch.setattr(hopper, "launch", launch)
         monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
@@ -128,6 +140,9 @@ CASES = [
     ("zigzag", 2, (True, (200, 0)), Shape(1000, 1000, 1, 1, 1, 64), torch.bfloat16),
     ("zigzag", 2, (False, (-1, 4)), Shape(520, 520, 1, 2, 1, 40), torch.float16),
     ("stripe", 3, CAUSAL, Shape(630, 630, 1, 2, 2, 64), torch.bfloat16),
+    ("contiguous", 1, FULL, Shape(140, 200, 2, 2, 1, 256), torch.float16),
+    ("zigzag", 2, (True, (90, 0)), Shape(300, 300, 1, 2, 1, 256), torch.bfloat16),
+    ("stripe", 2, CAUSAL, Shape(200, 200, 1, 2, 2, 160), torch.bfloat16),
 ]
 
 
@@ -266,6 +281,8 @@ PACKED = [
     ("stripe", (True, (30, 0)), 96),
     ("zigzag", CAUSAL, 64),
     ("zigzag", (True, (30, 0)), 128),
+    ("stripe", CAUSAL, 256),
+    ("zigzag", (True, (30, 0)), 192),
 ]
 
 
@@ -362,7 +379,7 @@ BUGS = {
     "no mask on the left": ("(start < last + lo) | ", ""),
     "no mask on the right": (" | (start + BLOCK_M - 1 > row + hi)", ""),
     "keys past the tile": ("offs_n < walk.row_end, ", "offs_n < walk.row_end + 64, "),
-    "the band of a query": ("-gl.load(line_ptr + 3,", "-gl.load(line_ptr + 2,"),
+    "the band of a query": ("lo, hi = -hi, -lo", "lo, hi = -lo, -hi"),
     "the last block left out": ("(last - first + BLOCK - 1)", "(last - first)"),
     "one head of the group": ("            head += 1\n", "            head += 0\n"),
     "one batch": ("(head // heads, key_head,", "(head * 0, key_head,"),
@@ -398,6 +415,70 @@ def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
     assert not planted(emulated)
 
 
+RELEASE_K = "        release(program.kv, k_slot)\n"
+WAIT_DQ = "        dq = warpgroup_mma_wait(0, [dq])\n"
+LAST_DK = "dk = warpgroup_mma(ds, _tile(program.q, last, BLOCK_D), dk, is_async=True)"
+NEXT_DOUT = (
+    "            release(program.dout, previous)\n",
+    "            await_full(program.dout, slot, t // 2)\n",
+)
+WIDE_BUGS = {
+    "no wait for p": ("dkv", "        await_full(program.p, slot, t // 2)\n", ""),
+    "p in another unit": ("dkv", "dv * P_UNIT", "dv"),
+    "lse not shifted": ("dkv", "lse2 - program.options.P_SHIFT", "lse2"),
+    "no wait for the next dout": ("dkv", NEXT_DOUT[0] + NEXT_DOUT[1], NEXT_DOUT[0]),
+    "the last dk left out": ("dkv", LAST_DK, "dk = dk"),
+    "Q never given back": (
+        "dkv",
+        "            release(program.q, previous)\n",
+        "            pass\n",
+    ),
+    "K given back before its product": ("dq", WAIT_DQ + RELEASE_K, RELEASE_K + WAIT_DQ),
+    "V never given back": ("dq", "        release(program.kv, v_slot)\n", ""),
+    "no wait for V": (
+        "dq",
+        "    await_full(program.kv, v_slot, (2 * t + 1) // STAGES)\n",
+        "    pass\n",
+    ),
+    "no wait for dout": ("dq", "        await_full(program.dout, CONSUMER, 0)\n", ""),
+    "keys past the entry": ("dq", "gl.minimum(offs_m + hi + 1, end)", "(offs_m + hi + 1)"),
+    "the head of another group": ("dq", "head % heads // group", "head % heads * 0"),
+    "old dq forgotten": ("dq", "x += gl.load(states,", "x *= 1.0 + 0.0 * gl.load(states,"),
+    "finished rows in the state": ("dq", "gl.store(results, x.to(", "gl.store(states, x.to("),
+}
+
+
+def planted_wide(emulated, kernel=None, bugs=None):
+    """Return what is wrong in a case of the wide kernels, in the first order of partitions with."""
+    given = inputs(Shape(420, 420, 1, 4, 2, 136), torch.bfloat16)
+    for seed in (None, 0, 1):
+        try:
+            backend = emulated(bugs=bugs, seed=seed, bugged=kernel)
+            broken = check(backend, (True, (250, 0)), "zigzag", 2, given)
+        except (EmulationError, AssertionError) as failure:
+            broken = [str(failure)]
+        if broken:
+            return broken
+    return []
+
+
+@pytest.mark.parametrize("name", WIDE_BUGS)
+def test_planted_bugs_of_the_wide_kernels_are_seen(emulated, name):
+    kernel, fragment, instead = WIDE_BUGS[name]
+    assert planted_wide(emulated, f"_hopper_{kernel}_kernel", {fragment: instead})
+
+
+def test_the_case_of_the_wide_kernels_bugs_is_right_without_one(emulated):
+    assert not planted_wide(emulated)
+
+
+def test_wide_heads_are_as_repeatable_as_deterministic_asks(emulated):
+    x = torch.zeros(1, 4, 2, 256, dtype=torch.bfloat16)
+    choice = emulated()._choices(Attention(1.0, deterministic=True), x, False)
+    assert choice.hopper_backward is WIDE[256]
+    assert {(side.keys, side.tile_rows) for side in choice.sides} >= {(True, 64), (False, 128)}
+
+
 def test_deterministic_gradients_come_from_the_portable_kernels(emulated):
     backend = emulated()
     x = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
@@ -413,9 +494,10 @@ def test_reasons_against_it():
     assert "sm_100" in unsupported(100, torch.bfloat16, 128)[0]
     assert "float32" in unsupported(90, torch.float32, 128)[0]
     assert "any order" in unsupported(90, torch.bfloat16, 128, deterministic=True)[0]
-    for head_dim in (8, 32, 44, 136, 256):
+    assert unsupported(90, torch.bfloat16, 256, deterministic=True) == []
+    for head_dim in (8, 32, 44, 264):
         assert str(head_dim) in unsupported(90, torch.float16, head_dim)[0]
-    assert len(unsupported(80, torch.float32, 256, deterministic=True)) == 4
+    assert len(unsupported(80, torch.float32, 64, deterministic=True)) == 3
 
 
 def test_what_it_can_address():
@@ -423,7 +505,10 @@ def test_what_it_can_address():
         x = torch.zeros(1, 6, 4, 64, dtype=torch.bfloat16)
         return dict.fromkeys(("q", "k", "v", "dout"), x) | changed
 
-    addresses, dq = hopper_backward.addresses, torch.zeros(1, 6, 4, 64)
+    def addresses(sources, dq, documents, config=BACKWARD[64]):
+        return hopper_backward.addresses(config, sources, dq, documents)
+
+    dq = torch.zeros(1, 6, 4, 64)
     for documents in (False, True):
         assert addresses(sources(), None, documents) and addresses(sources(), dq, documents)
         assert not addresses(sources(), dq.bfloat16(), documents)
@@ -432,3 +517,5 @@ def test_what_it_can_address():
         assert not addresses(sources(dout=odd), dq, documents)
     two = torch.zeros(2, 6, 4, 64, dtype=torch.bfloat16)
     assert addresses(sources(k=two), dq, False) and not addresses(sources(k=two), dq, True)
+    # The wide kernels store dq by pointer.
+    assert addresses(sources(), torch.zeros(1, 6, 4, 65)[..., :64], False, WIDE[256])

@@ -1,4 +1,8 @@
-"""Run the Hopper backward: one kernel adds to dq in float32, one more rounds what is finished."""
+"""Run the Hopper backward.
+
+Up to head dim 128 one kernel computes all and adds to dq in float32, and another rounds what is
+finished. Above it are two kernels, for dq and for dk and dv, like the portable ones.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,17 +13,19 @@ from torch import Tensor
 from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..kernels.configs import block_d
-from ..kernels.hopper.configs import BackwardConfig, backward_config
+from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
 from . import hopper
 from .base import GradTarget, Saved, Step
 from .descriptors import cut_shape, tma_shape
 from .documents import Side
-from .launch import launch, strides
+from .launch import launch, strides, targets
 from .work import work
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
+    from ..kernels.hopper.backward_wide import _hopper_dkv_kernel
+    from ..kernels.hopper.backward_wide_dq import _hopper_dq_kernel
 
 _ROWS = 32  # that _rows_kernel moves at a time
 
@@ -34,22 +40,29 @@ def unsupported(
         deterministic: whether gradients must be bitwise repeatable.
     """
     reasons = hopper.unsupported_part(arch, dtype)
-    if backward_config(head_dim) is None:
-        reasons.append(f"it takes head dims from 40 to 128 in steps of 8, not {head_dim}")
-    if deterministic:
+    config = backward_config(head_dim)
+    if config is None:
+        reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
+    if deterministic and isinstance(config, BackwardConfig):
         reasons.append("it sums dq in any order, and deterministic asks for one")
     return reasons
 
 
-def addresses(sources: dict[str, Tensor], dq: Tensor | None, documents: bool) -> bool:
-    """Return whether the kernel can address these tensors, which views of others may forbid.
+def addresses(
+    config: BackwardConfig | WideConfig,
+    sources: dict[str, Tensor],
+    dq: Tensor | None,
+    documents: bool,
+) -> bool:
+    """Return whether the kernels can address these tensors, which views of others may forbid.
 
     Args:
         sources: q, k, v, dout, each [B, L, H, D].
-        dq: the state [B, L, H, D]; None: a tensor of our own.
+        dq: the state [B, L, H, D]; None: there is none.
     """
     shape = cut_shape if documents else tma_shape
-    if dq is not None and (dq.dtype != torch.float32 or shape(dq) is None):
+    fused = isinstance(config, BackwardConfig)
+    if fused and dq is not None and (dq.dtype != torch.float32 or shape(dq) is None):
         return False
     return all(shape(x) is not None for x in sources.values())
 
@@ -57,17 +70,17 @@ def addresses(sources: dict[str, Tensor], dq: Tensor | None, documents: bool) ->
 class HopperStep(NamedTuple):
     """One step's backward.
 
-    dq is summed over the programs by atomic adds, so it is zeroed before the first step, and rows
-    that a step finishes are rounded to the result after it. That is one pass over the float32 dq
-    each (4 bytes written, and 4 read and 2 written a number, once a call), and a plan of one step
-    has a float32 dq too.
+    Fused, dq is summed over the programs by atomic adds, so it is zeroed before the first step, and
+    rows that a step finishes are rounded to the result after it. That is one pass over the float32
+    dq each (4 bytes written, and 4 read and 2 written a number, once a call), and a plan of one
+    step has a float32 dq too.
 
     Attributes:
         sources: q, k, v, dout by name, their last dimension contiguous.
         queries: what cuts the rows of queries into tiles. sides: all that the call will want.
     """
 
-    config: BackwardConfig
+    config: BackwardConfig | WideConfig
     attention: Attention
     step_plan: Step
     saved: Saved
@@ -80,20 +93,38 @@ class HopperStep(NamedTuple):
         """What cuts the rows of keys into tiles."""
         return Side(True, self.config.key_rows)
 
+    @property
+    def documents(self) -> bool:
+        """Whether the rows are packed documents, whose lengths the device knows."""
+        return isinstance(self.step_plan, DocumentsStep)
+
     def run(
         self, dq: Tensor | None, result: Tensor | None, dkv_target: Callable[[], GradTarget]
     ) -> None:
         """Do as Backend.backward, on the current device."""
+        if isinstance(self.config, WideConfig):
+            self._launch_dq(self.config, *targets(dq, result))
+            self._launch_dkv(self.config, dkv_target())
+        else:
+            self._run_fused(self.config, dq, result, dkv_target)
+
+    def _run_fused(
+        self,
+        config: BackwardConfig,
+        dq: Tensor | None,
+        result: Tensor | None,
+        dkv_target: Callable[[], GradTarget],
+    ) -> None:
         q, k = self.sources["q"], self.sources["k"]
         summed = _float32_like(q) if dq is None else dq
         if self.step_plan.first:
             summed.zero_()
-            self._launch(summed, dkv_target())
+            self.launch_fused(config, summed, dkv_target())
         else:
             # Added after the kernel, which would have to wait for the accumulator to arrive. That
             # is 20 bytes of memory traffic a number of dk and dv, for a transfer that is hidden.
             own = GradTarget(_float32_like(k), _float32_like(k), add=False)
-            self._launch(summed, own)
+            self.launch_fused(config, summed, own)
             target = dkv_target()
             self._move(own.dk, target.dk, self.keys, ADD=target.add)
             self._move(own.dv, target.dv, self.keys, ADD=target.add)
@@ -117,52 +148,71 @@ class HopperStep(NamedTuple):
             return not self.attention.masked
         return all(block.full for block in self.step_plan.blocks)
 
-    def _launch(self, dq: Tensor, target: GradTarget) -> None:
-        config, saved = self.config, self.saved
-        assert saved.delta is not None
-        at_launch, consumer, others = config.registers
-        arguments = self._work(self.keys, with_dq=True)
-        arguments |= self._descriptors(dq)
+    def launch_fused(self, config: BackwardConfig, dq: Tensor, target: GradTarget) -> None:
+        """Add to dq, float32, and store or add dk and dv."""
+        rows, width = config.block_m, hopper.block_d(dq.shape[3])
+        boxes = {"q": (rows, width), "k": (64, width), "v": (64, width), "dout": (rows, width)}
+        arguments = self._work(self.keys, with_dq=True) | self._statistics() | _gradients(target)
+        arguments |= {name: self._describe(self.sources[name], boxes[name]) for name in boxes}
         arguments |= {
-            "lse_ptr": saved.lse,
-            "delta_ptr": saved.delta,
-            "dk_ptr": target.dk,
-            "dv_ptr": target.dv,
-            "lse_stride_batch": saved.lse.stride(0),
-            "lse_stride_head": saved.lse.stride(1),
-            "delta_stride_batch": saved.delta.stride(0),
-            "delta_stride_head": saved.delta.stride(1),
-            "dk_strides": _strides_of_batches(target.dk),
-            "dv_strides": _strides_of_batches(target.dv),
+            "dq": self._describe(dq, (64, width // 2 if rows == 64 else width)),
             "rotate": int(config.rotate and self._full()),
-            "BLOCK_D": hopper.block_d(dq.shape[3]),
-            "BLOCK_M": config.block_m,
-            "ADD": target.add,
-            "DOCUMENTS": isinstance(self.step_plan, DocumentsStep),
+            "BLOCK_D": width,
+            "BLOCK_M": rows,
+            "DOCUMENTS": self.documents,
             "Q_STAGES": config.q_stages,
             "DOUT_STAGES": config.dout_stages,
             "DS_STAGES": config.ds_stages,
             "DQ_STAGES": config.dq_stages,
             "EARLY": config.early,
-            "CONSUMER_REGISTERS": consumer,
-            "OTHER_REGISTERS": others,
+            "OTHER_REGISTERS": config.registers[2],
         }
-        grid = arguments["n_tiles"] * arguments["n_heads"], 1, 1
-        hopper.launch(_hopper_bwd_kernel, grid, arguments, num_warps=4, maxnreg=at_launch)
+        _launch(_hopper_bwd_kernel, config, arguments)
 
-    def _descriptors(self, dq: Tensor) -> dict[str, Any]:
-        """Return descriptors of all that the TMA loads, and of dq, to which it adds."""
-        documents = isinstance(self.step_plan, DocumentsStep)
-        width, rows = hopper.block_d(dq.shape[3]), self.config.block_m
-        boxes = {"q": (rows, width), "k": (64, width), "v": (64, width), "dout": (rows, width)}
-        boxes["dq"] = 64, width // 2 if rows == 64 else width
-        described = {}
-        for name, x in (*self.sources.items(), ("dq", dq)):
-            block, columns = boxes[name]
-            box = [1, 1, block, 1, columns] if documents else [1, 1, block, columns]
-            shape = cut_shape(x) if documents else tma_shape(x)
-            described[name] = hopper.describe(x, shape, box)
-        return described
+    def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
+        """Store or add dq, in the result where it is finished."""
+        arguments = self._work(self.queries) | self._statistics() | self._wide_sources()
+        arguments |= {
+            "dq_ptr": dq,
+            "result_ptr": result,
+            "dq_strides": _strides_of_batches(dq),
+            "ADD": not self.step_plan.first,
+            "STAGES": config.stages,
+            "PRODUCER_REGISTERS": config.registers[2],
+        }
+        _launch(_hopper_dq_kernel, config, arguments)
+
+    def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
+        """Store or add dk and dv."""
+        arguments = self._work(self.keys) | self._statistics() | self._wide_sources()
+        arguments |= _gradients(target) | {"PRODUCER_REGISTERS": config.registers[2]}
+        _launch(_hopper_dkv_kernel, config, arguments)
+
+    def _wide_sources(self) -> dict[str, Any]:
+        """Return what both wide kernels are told of q, k, v and dout."""
+        width = hopper.block_d(self.sources["q"].shape[3])
+        described = {name: self._describe(x, (64, width)) for name, x in self.sources.items()}
+        return described | {"BLOCK_D": width, "DOCUMENTS": self.documents}
+
+    def _statistics(self) -> dict[str, Any]:
+        """Return what every kernel is told of lse and delta."""
+        lse, delta = self.saved.lse, self.saved.delta
+        assert delta is not None
+        return {
+            "lse_ptr": lse,
+            "delta_ptr": delta,
+            "lse_stride_batch": lse.stride(0),
+            "lse_stride_head": lse.stride(1),
+            "delta_stride_batch": delta.stride(0),
+            "delta_stride_head": delta.stride(1),
+        }
+
+    def _describe(self, x: Tensor, box: tuple[int, int]) -> Any:
+        """Return a descriptor of x with boxes of so many rows and columns."""
+        rows, columns = box
+        if self.documents:
+            return hopper.describe(x, cut_shape(x), [1, 1, rows, 1, columns])
+        return hopper.describe(x, tma_shape(x), [1, 1, rows, columns])
 
     def _move(self, source: Tensor, target: Tensor, side: Side, **constants: bool) -> None:
         """Store source, or with ADD add it, to the target in the rows of a side's tiles."""
@@ -186,12 +236,31 @@ class HopperStep(NamedTuple):
         return work(self.attention, self.step_plan, q, k, side, self.sides, with_dq)
 
 
+def _launch(kernel: Any, config: BackwardConfig | WideConfig, arguments: dict[str, Any]) -> None:
+    """Launch one program a tile and head."""
+    at_launch, consumer, _ = config.registers
+    grid = arguments["n_tiles"] * arguments["n_heads"], 1, 1
+    arguments["CONSUMER_REGISTERS"] = consumer
+    hopper.launch(kernel, grid, arguments, num_warps=4, maxnreg=at_launch)
+
+
+def _gradients(target: GradTarget) -> dict[str, Any]:
+    """Return what a kernel is told of dk and dv."""
+    return {
+        "dk_ptr": target.dk,
+        "dv_ptr": target.dv,
+        "dk_strides": _strides_of_batches(target.dk),
+        "dv_strides": _strides_of_batches(target.dv),
+        "ADD": target.add,
+    }
+
+
 def _float32_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
 def _strides_of_batches(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of dk or dv as the kernel multiplies them: below 2**31.
+    """Return the strides of a gradient as the kernels multiply them: below 2**31.
 
     That of a single batch is never taken.
     """

@@ -58,6 +58,14 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(2), x.stride(1)
 
 
+def targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a state and a result of the same strides; they are one where there is but one."""
+    state, result = result if state is None else state, state if result is None else result
+    assert state is not None and result is not None, "without a state there must be a result"
+    assert state.stride() == result.stride(), "state and result share one set of strides"
+    return state, result
+
+
 def on(device: torch.device) -> AbstractContextManager:
     """Make `device` current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -18,6 +18,7 @@ from ..kernels.forward import _fwd_kernel
 from ..kernels.hopper.configs import (
     BackwardConfig,
     ForwardConfig,
+    WideConfig,
     backward_config,
     forward_config,
 )
@@ -26,7 +27,7 @@ from . import hopper, hopper_backward
 from .base import GradTarget, Saved, Step
 from .descriptors import tma_shape
 from .documents import Side
-from .launch import launch, on, strides
+from .launch import launch, on, strides, targets
 from .work import one_entry, work
 
 DELTA_ROWS = 64
@@ -51,8 +52,9 @@ class TritonBackend:
         """Take launch configurations from `lookup`: a search script or a test brings its own.
 
         Args:
-            hopper_forward, hopper_backward: run the Hopper kernels where they can. That backward
-                sums dq in any order; with Attention.deterministic the portable one runs.
+            hopper_forward, hopper_backward: run the Hopper kernels where they can. Up to head dim
+                128 that backward sums dq in any order, so with Attention.deterministic the portable
+                one runs.
         """
         self._lookup = lookup
         self._hopper_forward = hopper_forward
@@ -88,7 +90,7 @@ class TritonBackend:
         result: Tensor | None = None,
     ) -> None:
         """As Backend.forward; `out` may also be of the input's dtype: then each step rounds it."""
-        out, result = _targets(out, result)
+        out, result = targets(out, result)
         if not step_plan.sees:
             return
         outputs = {
@@ -161,14 +163,14 @@ class TritonBackend:
         choices = self._choices(attention, q, documents)
         config = choices.hopper_backward
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
-        if config is not None and hopper_backward.addresses(sources, dq, documents):
+        if config is not None and hopper_backward.addresses(config, sources, dq, documents):
             step = hopper_backward.HopperStep(
                 config, attention, step_plan, saved, sources, choices.queries, choices.sides
             )
             with on(q.device):
                 step.run(dq, result, dkv_target)
             return
-        dq, result = _targets(dq, result)
+        dq, result = targets(dq, result)
         statistics = {
             "lse_ptr": saved.lse,
             "delta_ptr": saved.delta,
@@ -259,13 +261,13 @@ class _Choices(NamedTuple):
     Attributes:
         configs: of the portable kernels, by pass.
         hopper_forward, hopper_backward: of the Hopper kernels; None: the portable ones run.
-        queries: what the forward cuts into tiles.
+        queries: what dq's pass cuts into tiles.
         sides: what the passes cut into tiles.
     """
 
     configs: dict[str, configs.LaunchConfig]
     hopper_forward: ForwardConfig | None
-    hopper_backward: BackwardConfig | None
+    hopper_backward: BackwardConfig | WideConfig | None
     queries: Side
     sides: tuple[Side, ...]
 
@@ -292,18 +294,12 @@ def _choices(
     if wants_backward and not hopper_backward.unsupported(arch, dtype, head_dim, deterministic):
         backward = backward_config(head_dim)
     if backward is not None:
-        # It rounds the rows of dq by the tiles of the forward.
-        sides["dq"], sides["dkv"] = sides["forward"], Side(True, backward.key_rows)
+        sides["dkv"] = Side(True, backward.key_rows)
+        # The fused kernel has no tiles of queries; finished rows of dq are those of the forward's.
+        fused = isinstance(backward, BackwardConfig)
+        sides["dq"] = sides["forward"] if fused else Side(False, backward.query_rows)
     unique = tuple(dict.fromkeys(sides.values()))
-    return _Choices(chosen, forward, backward, sides["forward"], unique)
-
-
-def _targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a state and a result of the same strides; they are one where there is but one."""
-    state, result = result if state is None else state, state if result is None else result
-    assert state is not None and result is not None, "without a state there must be a result"
-    assert state.stride() == result.stride(), "state and result share one set of strides"
-    return state, result
+    return _Choices(chosen, forward, backward, sides["dq"], unique)
 
 
 def _side(pass_: str, config: configs.LaunchConfig) -> Side:

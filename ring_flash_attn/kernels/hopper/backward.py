@@ -22,7 +22,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, ROWS, consume
 from .backward_transfer import Statistics, produce, write
-from .slots import Slots, make_slots
+from .slots import Slots, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
 
@@ -41,6 +41,9 @@ class Options:
     DS_STAGES: gl.constexpr
     DQ_STAGES: gl.constexpr
     EARLY: gl.constexpr
+    KEY_TILES: gl.constexpr
+    P_SHIFT: gl.constexpr
+    P_UNIT: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -66,6 +69,10 @@ class Options:
         self.DS_STAGES = gl.constexpr(DS_STAGES)
         self.DQ_STAGES = gl.constexpr(DQ_STAGES)
         self.EARLY = gl.constexpr(EARLY)
+        # What produce wants to know: tiles of 64 key rows; p is not shifted.
+        self.KEY_TILES = gl.constexpr(2)
+        self.P_SHIFT = gl.constexpr(0.0)
+        self.P_UNIT = gl.constexpr(1.0)
 
 
 @aggregate
@@ -101,23 +108,6 @@ class Program:
         self.dq = dq
         self.softmax_scale = scale
         self.options = options
-
-
-@gluon.jit
-def _slots(
-    N: gl.constexpr,
-    READERS: gl.constexpr,
-    desc,
-    BLOCK: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    DOCUMENTS: gl.constexpr,
-    WRITERS: gl.constexpr = 1,
-):
-    """Return slots for boxes of BLOCK rows, see make_slots."""
-    if DOCUMENTS:
-        return make_slots(N, READERS, desc, [1, 1, BLOCK, 1, COLUMNS], WRITERS)
-    else:
-        return make_slots(N, READERS, desc, [1, 1, BLOCK, COLUMNS], WRITERS)
 
 
 @gluon.jit(
@@ -192,14 +182,14 @@ def _hopper_bwd_kernel(
         gl.program_id(0),
     )
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles)
+    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True)
     key_head = head % heads
     COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if BLOCK_M == 64 else BLOCK_D
-    k_slots = _slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
-    v_slots = _slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
-    q_slots = _slots(Q_STAGES, CONSUMERS, q, BLOCK_M, BLOCK_D, DOCUMENTS, 2)
-    dout_slots = _slots(DOUT_STAGES, CONSUMERS, dout, BLOCK_M, BLOCK_D, DOCUMENTS)
-    dq_slots = _slots(DQ_STAGES * CONSUMERS, 1, dq, 64, COLUMNS, DOCUMENTS)
+    k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
+    v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
+    q_slots = make_box_slots(Q_STAGES, CONSUMERS, q, BLOCK_M, BLOCK_D, DOCUMENTS, 2)
+    dout_slots = make_box_slots(DOUT_STAGES, CONSUMERS, dout, BLOCK_M, BLOCK_D, DOCUMENTS)
+    dq_slots = make_box_slots(DQ_STAGES * CONSUMERS, 1, dq, 64, COLUMNS, DOCUMENTS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, BLOCK_M], flat)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)

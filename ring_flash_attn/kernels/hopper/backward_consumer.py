@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import LOG2_E, store_gradient
 from .slots import await_empty, await_full, meet, release
-from .walk import begin_walk, next_place, query_row
+from .walk import begin_walk, column, next_place
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # key rows of a consumer: what one warpgroup's wgmma multiplies
@@ -39,7 +39,7 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
         await_full(program.v, CONSUMER, 0)
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        dk, dv = _step(program, t, query_row(place, BLOCK_M), place[3], dk, dv, CONSUMER)
+        dk, dv = _step(program, t, column(place, BLOCK_M), place[3], dk, dv, CONSUMER)
         place = next_place(walk, place, BLOCK_M)
     if program.k.buffers.dtype == gl.float16:
         dk *= program.softmax_scale
@@ -81,7 +81,7 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
     lse2 = program.statistics.index(q_slot).load(columns)
     s_t = warpgroup_mma_wait(1, [s_t])
     p_t = gl.exp2(s_t * (scale * LOG2_E) - lse2[None, :])
-    p_t = _masked(p_t, start, queries, program.walk, CONSUMER)
+    p_t = masked(p_t, start, queries, program.walk, CONSUMER)
     p_operand = gl.convert_layout(p_t.to(dtype), operand)
     if EARLY:
         dv = warpgroup_mma(p_operand, dout_tile, dv, is_async=True)
@@ -110,7 +110,7 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _masked(p_t, start, queries, walk, CONSUMER: gl.constexpr):
+def masked(p_t, start, queries, walk, CONSUMER: gl.constexpr):
     """Return p^T [ROWS, BLOCK_M] with 0 where key row and query row do not meet.
 
     Query rows past the entry have p 0 already, see Statistics.

@@ -10,7 +10,7 @@ from triton.language.core import _aggregate as aggregate
 from .backward_consumer import CONSUMERS, ROWS
 from .epilogue import LOG2_E
 from .slots import await_full, box_at, load, release
-from .walk import begin_walk, next_place, query_row
+from .walk import begin_walk, column, next_place
 
 
 @builtin
@@ -60,7 +60,7 @@ class Statistics:
 def _load_keys(program, desc, slots):
     """Load the tile's rows of K or of V."""
     walk = program.walk
-    for c in gl.static_range(CONSUMERS):
+    for c in gl.static_range(program.options.KEY_TILES):
         row = walk.row + c * ROWS
         place = box_at(
             program.batch, program.key_head, row, walk.row_end, 0, program.options.DOCUMENTS
@@ -70,7 +70,10 @@ def _load_keys(program, desc, slots):
 
 @gluon.jit
 def produce(program, statistics, q, k, v, dout):
-    """Load K and V, and of every block Q, lse, delta and dout, in the order the consumers walk."""
+    """Load K and V, and of every block Q, lse, delta and dout, in the order the consumers walk.
+
+    p comes out as 2**P_SHIFT p = p / P_UNIT: lse is handed on less P_SHIFT, delta times P_UNIT.
+    """
     walk = program.walk
     BLOCK_M: gl.constexpr = program.options.BLOCK_M
     Q_STAGES: gl.constexpr = program.options.Q_STAGES
@@ -81,16 +84,18 @@ def produce(program, statistics, q, k, v, dout):
         _load_keys(program, k, program.k)
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        head, end, row = place[0], place[3][1], query_row(place, BLOCK_M)
+        head, end, row = place[0], place[3][1], column(place, BLOCK_M)
         # Asked for before the wait for a slot, which hides how long they take.
         rows = row + gl.arange(0, BLOCK_M, layout)
         lse2, delta = statistics.load(program.batch, head, rows, end)
         slot = t % Q_STAGES
         box = box_at(program.batch, head, row, end, 0, DOCUMENTS)
         load(q, box, program.q, slot, t // Q_STAGES)
-        program.statistics.index(slot).store(lse2)
+        program.statistics.index(slot).store(lse2 - program.options.P_SHIFT)
         if q.dtype != gl.float16:
             delta *= program.softmax_scale  # as ds, see backward_consumer.py
+        if program.options.P_SHIFT > 0:
+            delta *= program.options.P_UNIT
         program.statistics.index(Q_STAGES + slot).store(delta)
         mbarrier.arrive(program.q.full.index(slot), count=1)
         if t == 0:
@@ -109,7 +114,7 @@ def write(program, dq):
     DOWN: gl.constexpr = 0 if BLOCK_M == 64 else 64
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        head, end, row = place[0], place[3][1], query_row(place, BLOCK_M)
+        head, end, row = place[0], place[3][1], column(place, BLOCK_M)
         stage = t % DQ_STAGES
         for c in gl.static_range(CONSUMERS):
             slot = stage * CONSUMERS + c

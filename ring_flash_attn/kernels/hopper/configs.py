@@ -98,11 +98,43 @@ BACKWARD = {
 }
 
 
-def backward_config(head_dim: int) -> BackwardConfig | None:
+@dataclass(frozen=True)
+class WideConfig:
+    """One row of the two backward kernels for wide heads, see kernels/hopper/backward_wide.py.
+
+    Attributes:
+        stages: of dq's kernel, tiles of 64 rows of K and V in shared memory.
+        spills: bytes that ptxas 12.8 stores and loads for want of registers.
+    """
+
+    stages: int
+    spills: int = 0
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Registers a thread: at launch, then of a consumer and of the producer."""
+        return 168, 240, 24
+
+    @property
+    def query_rows(self) -> int:
+        """Query rows of a tile of dq's kernel, 64 for each consumer."""
+        return 128
+
+    @property
+    def key_rows(self) -> int:
+        """Key rows of a tile of dk's and dv's kernel."""
+        return 64
+
+
+WIDE = {256: WideConfig(stages=3)}
+
+
+def backward_config(head_dim: int) -> BackwardConfig | WideConfig | None:
     """Return the row for a head_dim, None if the portable kernels are to take it.
 
-    As forward_config, up to 128: dk and dv of wider heads do not fit in a consumer's registers.
+    As forward_config. Above 128 dk and dv of 64 rows do not fit in the registers of one consumer.
     """
-    if not 32 < head_dim <= 128 or head_dim % 8:
+    if not 32 < head_dim <= 256 or head_dim % 8:
         return None
-    return BACKWARD[64 if head_dim <= 64 else 128]
+    width = max(64, 1 << (head_dim - 1).bit_length())
+    return WIDE[width] if width > 128 else BACKWARD[width]

@@ -196,6 +196,55 @@ def store_gradient(
 
 
 @gluon.jit
+def store_dq(
+    x,
+    state_ptr,
+    result_ptr,
+    strides,
+    batch,
+    head,
+    row,
+    row_end,
+    finishes,
+    HEAD_DIM: gl.constexpr,
+    ADD: gl.constexpr,
+):
+    """Store x [rows, BLOCK_D] float32 as store_gradient does, in the result if it finishes.
+
+    Args:
+        state_ptr, result_ptr: [B, L, H, D] of the same strides. ADD adds what is in the state.
+    """
+    offset = _wide(batch, strides[0]) + _wide(head, strides[1])
+    target = (state_ptr + offset, result_ptr + offset, strides[2], row, row_end, finishes)
+    QUARTER: gl.constexpr = x.shape[1] // 4
+    left, right = _halves(x)
+    x0, x1 = _halves(left)
+    x2, x3 = _halves(right)
+    _store_or_finish(x0, target, 0, HEAD_DIM, ADD)
+    _store_or_finish(x1, target, QUARTER, HEAD_DIM, ADD)
+    _store_or_finish(x2, target, QUARTER * 2, HEAD_DIM, ADD)
+    _store_or_finish(x3, target, QUARTER * 3, HEAD_DIM, ADD)
+
+
+@gluon.jit
+def _store_or_finish(x, target, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr, ADD: gl.constexpr):
+    """Store x, with ADD plus the state, in columns from COLUMN on of the state or the result.
+
+    Two numbers a thread: to store eight, as _store does, takes shared memory that is in use.
+    """
+    state_ptr, result_ptr, stride, row, row_end, finishes = target
+    if COLUMN < HEAD_DIM:
+        states, mask = _elements(state_ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
+        if ADD:
+            x += gl.load(states, mask=mask, other=0.0).to(gl.float32)
+        if finishes > 0:
+            results, mask = _elements(result_ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
+            gl.store(results, x.to(result_ptr.dtype.element_ty), mask=mask)
+        else:
+            gl.store(states, x.to(state_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def _add_columns(x, ptr, stride, row, row_end, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Add x to the columns from COLUMN on."""
     if COLUMN < HEAD_DIM:

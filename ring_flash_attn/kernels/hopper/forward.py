@@ -143,10 +143,8 @@ def _produce(program, q, k, v, state, counter_ptr):
         if program.options.CARRY:
             count = _load_state(program, state, count, batch, head, row)
         band = next_band
-    # What the consumers have given back at the end, so that no barrier is left half full.
-    for i in gl.static_range(STAGES):
-        program.k.await_empty((count + i) % STAGES, (count + i) // STAGES)
-        program.v.await_empty((count + i) % STAGES, (count + i) // STAGES)
+    program.k.drain(count, STAGES)
+    program.v.drain(count, STAGES)
     leave(counter_ptr)
 
 

@@ -48,17 +48,35 @@ class Blocks:
     @gluon.jit
     def release(self, slot):
         """Say that this warpgroup has read a slot, which it has seen full."""
-        x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0 + (slot + self.FIRST)
-        asm: gl.constexpr = f"bar.arrive $1, {self.THREADS};\n mov.b32 $0, $1;"
-        gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+        arrive_at(slot + self.FIRST, self.THREADS)
 
     @gluon.jit
     def await_empty(self, slot, turn):
         """Wait, as the one warp that fills the slots, until one may be filled again."""
         if turn > 0:
-            x = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0 + (slot + self.FIRST)
-            asm: gl.constexpr = f"bar.sync $1, {self.THREADS};\n mov.b32 $0, $1;"
-            gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+            await_at(slot + self.FIRST, self.THREADS)
+
+    @gluon.jit
+    def drain(self, count, STAGES: gl.constexpr):
+        """Wait until all `count` fillings are read, so that no barrier is left half full."""
+        for i in gl.static_range(STAGES):
+            self.await_empty((count + i) % STAGES, (count + i) // STAGES)
+
+
+@gluon.jit
+def arrive_at(barrier, THREADS: gl.constexpr):
+    """Arrive at a named barrier as a warpgroup: one of THREADS threads each, without waiting."""
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0 + barrier
+    asm: gl.constexpr = f"bar.arrive $1, {THREADS};\n mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_at(barrier, THREADS: gl.constexpr):
+    """Wait at a named barrier as a single warp."""
+    x = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0 + barrier
+    asm: gl.constexpr = f"bar.sync $1, {THREADS};\n mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -76,13 +94,18 @@ def make_slots(
 
 @gluon.jit
 def make_blocks(
-    N: gl.constexpr, READERS: gl.constexpr, desc, BLOCK: gl.constexpr, FIRST: gl.constexpr
+    N: gl.constexpr,
+    READERS: gl.constexpr,
+    desc,
+    BLOCK: gl.constexpr,
+    FIRST: gl.constexpr,
+    WRITERS: gl.constexpr = 1,
 ):
     """Return N slots for the boxes of a descriptor, emptied by READERS warpgroups."""
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=WRITERS)
     return Blocks(buffers, full, FIRST, READERS * 128 + 32)
 
 
@@ -95,6 +118,23 @@ def load_block(desc, coordinates, blocks, count, STAGES: gl.constexpr):
     tma.async_copy_global_to_shared(
         desc, coordinates, blocks.full.index(slot), blocks.buffers.index(slot)
     )
+
+
+@gluon.jit
+def make_box_slots(
+    N: gl.constexpr,
+    READERS: gl.constexpr,
+    desc,
+    BLOCK: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+    WRITERS: gl.constexpr = 1,
+):
+    """Return slots for boxes of BLOCK rows and COLUMNS, plain or of a cut descriptor."""
+    if DOCUMENTS:
+        return make_slots(N, READERS, desc, [1, 1, BLOCK, 1, COLUMNS], WRITERS)
+    else:
+        return make_slots(N, READERS, desc, [1, 1, BLOCK, COLUMNS], WRITERS)
 
 
 @gluon.jit
