@@ -352,15 +352,15 @@ def test_a_row_that_no_tile_has_stays_as_it_was(emulated):
 
 
 WAIT_DV = "    dv = warpgroup_mma_wait(CONSUMERS + 1, [dv])\n"
-RELEASE_DOUT = "    release(program.dout, dout_slot)\n"
+RELEASE_DOUT = "    program.dout.release(dout_slot)\n"
 WAIT_DK = "    dk = warpgroup_mma_wait(0, [dk])\n"
-RELEASE_Q = "    release(program.q, q_slot)\n"
+RELEASE_Q = "    program.q.release(q_slot)\n"
 BUGS = {
     "no wait for K": ("            await_full(program.k, c, 0)\n", "            pass\n"),
     "no wait for V": ("        await_full(program.v, CONSUMER, 0)\n", ""),
     "no wait for Q": ("    await_full(program.q, q_slot, t // Q_STAGES)\n", ""),
     "no wait for dout": ("    await_full(program.dout, dout_slot, t // DOUT_STAGES)\n", ""),
-    "no wait for lse": ("BLOCK_D, DOCUMENTS, 2)", "BLOCK_D, DOCUMENTS)"),
+    "no wait for lse": ("q, box, FIRST_EMPTY, 2)", "q, box, FIRST_EMPTY)"),
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
     "phase of a full slot": ("full.index(slot), turn & 1)", "full.index(slot), 0)"),
     "dout released before its product": (WAIT_DV + RELEASE_DOUT, RELEASE_DOUT + WAIT_DV),
@@ -369,11 +369,11 @@ BUGS = {
     "ds used before both have stored it": ("    meet(DS_FULL)\n", ""),
     "dq used before it is there": ("    dq = warpgroup_mma_wait(1, [dq])\n", ""),
     "scores used before they are there": ("    s_t = warpgroup_mma_wait(1, [s_t])\n", ""),
-    "dq stored where the last one is": ("    await_empty(program.dq, slot, t // DQ_STAGES)\n", ""),
+    "dq stored where the last one is": ("    program.dq.await_empty(slot, t // DQ_STAGES)\n", ""),
     "a slot of dq given back early": ("            tma.store_wait(CONSUMERS)\n", ""),
     "the slot of dq given back early": ("                tma.store_wait(CONSUMERS - 1 - c)\n", ""),
     "the last dq not waited for": ("    tma.store_wait(0)\n", ""),
-    "dq not waited for by the writer": ("            await_full(program.dq, slot, t // DQ", "# "),
+    "dq not waited for by the writer": ("            await_at(dq_full(program.options)", "# "),
     "the consumers' parts of dq changed over": ("end, c * COLUMNS,", "end, (1 - c) * COLUMNS,"),
     "mask a row too wide": ("(hi - lo + 1)", "(hi - lo + 2)"),
     "no mask on the left": ("(start < last + lo) | ", ""),
@@ -415,11 +415,11 @@ def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
     assert not planted(emulated)
 
 
-RELEASE_K = "        release(program.kv, k_slot)\n"
+RELEASE_K = "        program.kv.release(k_slot)\n"
 WAIT_DQ = "        dq = warpgroup_mma_wait(0, [dq])\n"
 LAST_DK = "dk = warpgroup_mma(ds, _tile(program.q, last, BLOCK_D), dk, is_async=True)"
 NEXT_DOUT = (
-    "            release(program.dout, previous)\n",
+    "            program.dout.release(previous)\n",
     "            await_full(program.dout, slot, t // 2)\n",
 )
 WIDE_BUGS = {
@@ -430,11 +430,11 @@ WIDE_BUGS = {
     "the last dk left out": ("dkv", LAST_DK, "dk = dk"),
     "Q never given back": (
         "dkv",
-        "            release(program.q, previous)\n",
+        "            program.q.release(previous)\n",
         "            pass\n",
     ),
     "K given back before its product": ("dq", WAIT_DQ + RELEASE_K, RELEASE_K + WAIT_DQ),
-    "V never given back": ("dq", "        release(program.kv, v_slot)\n", ""),
+    "V never given back": ("dq", "        program.kv.release(v_slot)\n", ""),
     "no wait for V": (
         "dq",
         "    await_full(program.kv, v_slot, (2 * t + 1) // STAGES)\n",

@@ -20,9 +20,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.core import _aggregate as aggregate
 
-from .backward_consumer import CONSUMERS, ROWS, consume
+from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, produce, write
-from .slots import Slots, make_box_slots
+from .slots import Blocks, Slots, box_shape, make_blocks, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
 
@@ -86,9 +86,9 @@ class Program:
     total: gl.tensor
     k: Slots
     v: Slots
-    q: Slots
+    q: Blocks
     statistics: gl.shared_memory_descriptor
-    dout: Slots
+    dout: Blocks
     ds: gl.shared_memory_descriptor
     dq: Slots
     softmax_scale: gl.tensor
@@ -187,8 +187,9 @@ def _hopper_bwd_kernel(
     COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if BLOCK_M == 64 else BLOCK_D
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
-    q_slots = make_box_slots(Q_STAGES, CONSUMERS, q, BLOCK_M, BLOCK_D, DOCUMENTS, 2)
-    dout_slots = make_box_slots(DOUT_STAGES, CONSUMERS, dout, BLOCK_M, BLOCK_D, DOCUMENTS)
+    box: gl.constexpr = box_shape(BLOCK_M, BLOCK_D, DOCUMENTS)
+    q_slots = make_blocks(Q_STAGES, CONSUMERS, q, box, FIRST_EMPTY, 2)
+    dout_slots = make_blocks(DOUT_STAGES, CONSUMERS, dout, box, FIRST_EMPTY + Q_STAGES)
     dq_slots = make_box_slots(DQ_STAGES * CONSUMERS, 1, dq, 64, COLUMNS, DOCUMENTS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, BLOCK_M], flat)

@@ -4,20 +4,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .epilogue import LOG2_E, store_gradient
-from .slots import await_empty, await_full, meet, release
+from .slots import arrive_at, await_full, meet
 from .walk import begin_walk, column, next_place
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # key rows of a consumer: what one warpgroup's wgmma multiplies
-# Named barriers at which the consumers meet.
-DS_FULL = gl.constexpr(8)
-DS_EMPTY = gl.constexpr(9)
+# Named barriers at which the consumers meet. The compiler takes its own from 0 up, to 4 here.
+DS_FULL = gl.constexpr(5)
+DS_EMPTY = gl.constexpr(6)
+# The first one that says a slot of q is empty; those of dout follow, then those of a full dq.
+FIRST_EMPTY = gl.constexpr(7)
 # Further than any query row, and near enough for the difference to fit.
 NOWHERE = gl.constexpr(1 << 30)
 
@@ -99,13 +100,13 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
     dq = _issue_dq(program, t, zero, CONSUMER)
     dk = warpgroup_mma(gl.convert_layout(ds_t, operand), q_tile, dk, is_async=True)
     dv = warpgroup_mma_wait(CONSUMERS + 1, [dv])
-    release(program.dout, dout_slot)
+    program.dout.release(dout_slot)
     dq = warpgroup_mma_wait(1, [dq])
     if dtype == gl.float16:
         dq *= scale
     _publish_dq(program, t, dq, CONSUMER)
     dk = warpgroup_mma_wait(0, [dk])
-    release(program.q, q_slot)
+    program.q.release(q_slot)
     return dk, dv
 
 
@@ -162,7 +163,13 @@ def _publish_dq(program, t, dq, CONSUMER: gl.constexpr):
     """Hand this consumer's part of a block's dq to the writer."""
     DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
     slot = t % DQ_STAGES * CONSUMERS + CONSUMER
-    await_empty(program.dq, slot, t // DQ_STAGES)
+    program.dq.await_empty(slot, t // DQ_STAGES)
     program.dq.buffers.index(slot).reshape([dq.shape[0], dq.shape[1]]).store(dq)
     fence_async_shared()
-    mbarrier.arrive(program.dq.full.index(slot), count=1)
+    arrive_at(dq_full(program.options) + slot, 128 + 32)
+
+
+@gluon.jit
+def dq_full(options):
+    """Return the named barrier that says the first slot of dq is full."""
+    return FIRST_EMPTY + options.Q_STAGES + options.DOUT_STAGES

@@ -7,9 +7,9 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from .backward_consumer import CONSUMERS, ROWS
+from .backward_consumer import CONSUMERS, ROWS, dq_full
 from .epilogue import LOG2_E
-from .slots import await_full, box_at, load, release
+from .slots import await_at, box_at, load
 from .walk import begin_walk, column, next_place
 
 
@@ -102,6 +102,8 @@ def produce(program, statistics, q, k, v, dout):
             _load_keys(program, v, program.v)
         load(dout, box, program.dout, t % DOUT_STAGES, t // DOUT_STAGES)
         place = next_place(walk, place, BLOCK_M)
+    program.q.drain(program.total, Q_STAGES)
+    program.dout.drain(program.total, DOUT_STAGES)
 
 
 @gluon.jit
@@ -118,7 +120,7 @@ def write(program, dq):
         stage = t % DQ_STAGES
         for c in gl.static_range(CONSUMERS):
             slot = stage * CONSUMERS + c
-            await_full(program.dq, slot, t // DQ_STAGES)
+            await_at(dq_full(program.options) + slot, 128 + 32)
             box = box_at(
                 program.batch, head, row + c * DOWN, end, c * COLUMNS, program.options.DOCUMENTS
             )
@@ -126,12 +128,12 @@ def write(program, dq):
         if DQ_STAGES == 1:
             for c in gl.static_range(CONSUMERS):
                 tma.store_wait(CONSUMERS - 1 - c)
-                release(program.dq, c)
+                program.dq.release(c)
         else:
             # Those of the turn before have been read.
             tma.store_wait(CONSUMERS)
             if t > 0:
                 for c in gl.static_range(CONSUMERS):
-                    release(program.dq, (t - 1) % DQ_STAGES * CONSUMERS + c)
+                    program.dq.release((t - 1) % DQ_STAGES * CONSUMERS + c)
         place = next_place(walk, place, BLOCK_M)
     tma.store_wait(0)

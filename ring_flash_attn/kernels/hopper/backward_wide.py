@@ -23,7 +23,7 @@ from triton.language.core import _aggregate as aggregate
 from .backward_consumer import masked
 from .backward_transfer import Statistics, produce
 from .epilogue import LOG2_E, store_gradient
-from .slots import Slots, await_full, make_bars, make_box_slots, release
+from .slots import Slots, await_full, make_bars, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
 
@@ -133,9 +133,9 @@ def _consume_p(program, dv_ptr, dv_strides):
         program.p.buffers.index(slot).store(p_t.to(gl.float16))
         mbarrier.arrive(program.p.full.index(slot), count=1)
         dv = warpgroup_mma_wait(0, [dv])
-        release(program.q, slot)
+        program.q.release(slot)
         if t > 0:
-            release(program.dout, previous)
+            program.dout.release(previous)
             await_full(program.dout, slot, t // 2)
         p = gl.convert_layout(p_t.to(dtype), operand)
         place = next_place(walk, place, ROWS)
@@ -186,9 +186,9 @@ def _consume_ds(program, dk_ptr, dk_strides):
         else:
             ds_t = p_t * (dp_t * (scale * P_UNIT) - delta[None, :])
         dk = warpgroup_mma_wait(0, [dk])
-        release(program.dout, slot)
+        program.dout.release(slot)
         if t > 0:
-            release(program.q, previous)
+            program.q.release(previous)
         ds = gl.convert_layout(ds_t.to(dtype), operand)
     if program.total > 0:
         last = (program.total - 1) % 2

@@ -19,7 +19,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_transfer import Statistics
 from .epilogue import LOG2_E, store_dq
-from .slots import Slots, await_full, box_at, load, make_box_slots, release
+from .slots import Slots, await_full, box_at, load, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
 
@@ -129,12 +129,12 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
         p = gl.exp2(s * (scale * LOG2_E) - lse2[:, None])
         p = _masked(p, offs_m, row, column(place, ROWS), place[3])
         dp = warpgroup_mma_wait(0, [dp])
-        release(program.kv, v_slot)
+        program.kv.release(v_slot)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
         dq = warpgroup_mma(ds, k_tile, dq, is_async=True)
         place = next_place(walk, place, ROWS)
         dq = warpgroup_mma_wait(0, [dq])
-        release(program.kv, k_slot)
+        program.kv.release(k_slot)
     store_dq(
         dq * scale,
         dq_ptr,

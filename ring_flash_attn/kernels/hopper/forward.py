@@ -30,7 +30,7 @@ from .forward_program import (
     state_pieces,
     state_turns,
 )
-from .slots import FAR, Slots, await_empty, load, load_block, make_bars, make_blocks, make_slots
+from .slots import FAR, Slots, box_shape, load, make_bars, make_blocks, make_slots
 from .tiles import Tables, block_start, draw, leave, load_band, next_work, skipped
 
 # The first named barrier that says a slot of K is empty; those of V follow.
@@ -43,9 +43,9 @@ def _load_v(program, v, count, batch, key_head, start, end):
     STAGES: gl.constexpr = program.options.STAGES
     if program.options.DOCUMENTS:
         coordinates = [FAR, end, FAR - end + start, key_head, 0]
-        load_block(v, coordinates, program.v, count, STAGES)
+        load(v, coordinates, program.v, count % STAGES, count // STAGES)
     else:
-        load_block(v, [batch, key_head, start, 0], program.v, count, STAGES)
+        load(v, [batch, key_head, start, 0], program.v, count % STAGES, count // STAGES)
 
 
 @gluon.jit
@@ -55,7 +55,7 @@ def _load_blocks(program, k, v, count, begin, band, batch, key_head):
     end, n_full, n_edge = band[2], band[6], band[7]
     for i in range(begin, n_edge + n_full):
         start = block_start(band, i, program.options.BLOCK_N)
-        load_block(k, [batch, key_head, start, 0], program.k, count, STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         _load_v(program, v, count, batch, key_head, start, end)
         count += 1
     return count
@@ -97,7 +97,7 @@ def _load_piece(program, state, slots, place, PIECE: gl.constexpr):
 def _publish(items, tile, work, band):
     """Tell the consumers this program's tile-th tile: what next_work returned."""
     slot = tile & 1
-    await_empty(items, slot, tile >> 1)
+    items.await_empty(slot, tile >> 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for i in gl.static_range(WORK_FIELDS):
         place = items.buffers.index(slot * FIELDS + i)
@@ -124,7 +124,7 @@ def _produce(program, q, k, v, state, counter_ptr):
         key_head = head // tables.group
         # The first block, which a tile that meets nothing has too, with nothing seen in it.
         start = block_start(band, 0, BLOCK_N)
-        load_block(k, [batch, key_head, start, 0], program.k, count, STAGES)
+        load(k, [batch, key_head, start, 0], program.k, count % STAGES, count // STAGES)
         for c in gl.static_range(program.options.CONSUMERS):
             load(q, [batch, head, row + c * ROWS, 0], program.q, c, tile)
         _load_v(program, v, count, batch, key_head, start, band[2])
@@ -206,12 +206,8 @@ def _hopper_fwd_kernel(
     """
     q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
     k_slots = make_blocks(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D], FIRST_EMPTY)
-    if DOCUMENTS:
-        box: gl.constexpr = [1, 1, BLOCK_N, 1, BLOCK_D]
-        v_slots = make_blocks(STAGES, CONSUMERS, v, box, FIRST_EMPTY + STAGES)
-    else:
-        box: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
-        v_slots = make_blocks(STAGES, CONSUMERS, v, box, FIRST_EMPTY + STAGES)
+    v_box: gl.constexpr = box_shape(BLOCK_N, BLOCK_D, DOCUMENTS)
+    v_slots = make_blocks(STAGES, CONSUMERS, v, v_box, FIRST_EMPTY + STAGES)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
     full, empty = make_bars(2, CONSUMERS)

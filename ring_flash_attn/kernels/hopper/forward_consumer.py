@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import load_lse2, store_tile
 from .forward_program import FIELDS, ROWS
-from .slots import await_full, meet, release
+from .slots import await_full, meet
 from .tiles import block_start, load_band, skipped
 
 # The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
@@ -38,7 +38,7 @@ def _published(items, tile):
     lo, hi = _field(items, slot, 10), _field(items, slot, 11)
     n_left, n_full = _field(items, slot, 12), _field(items, slot, 13)
     n_edge = _field(items, slot, 14)
-    release(items, slot)
+    items.release(slot)
     work = (exists, row, row_end, entry, end_entry, finishes, head)
     return work, (first, last, end, lo, hi, n_left, n_full, n_edge)
 
@@ -258,7 +258,7 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
                 begin = skipped(e, entry)
                 count, state = _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER)
-        release(program.q, CONSUMER)
+        program.q.release(CONSUMER)
         acc, packed, m_i, l_i, alpha = state
         target = (outputs, head // tables.heads, head % tables.heads, row, row_end, finishes)
         # Before the last product, which runs while it arrives.

@@ -23,6 +23,20 @@ class Slots:
         self.full = full
         self.empty = empty
 
+    @gluon.jit
+    def release(self, slot):
+        """Say that this partition has read a slot."""
+        mbarrier.arrive(self.empty.index(slot), count=1)
+
+    @gluon.jit
+    def await_empty(self, slot, turn):
+        """Wait until a slot is free to be filled for the turn-th time."""
+        mbarrier.wait(self.empty.index(slot), turn & 1 ^ 1)
+
+    @gluon.jit
+    def drain(self, count, STAGES: gl.constexpr):
+        """As Blocks; mbarriers may be left as they are."""
+
 
 @aggregate
 class Blocks:
@@ -109,15 +123,10 @@ def make_blocks(
     return Blocks(buffers, full, FIRST, READERS * 128 + 32)
 
 
-@gluon.jit
-def load_block(desc, coordinates, blocks, count, STAGES: gl.constexpr):
-    """Load the count-th box into its slot, once that is free."""
-    slot = count % STAGES
-    blocks.await_empty(slot, count // STAGES)
-    mbarrier.expect(blocks.full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        desc, coordinates, blocks.full.index(slot), blocks.buffers.index(slot)
-    )
+@gluon.constexpr_function
+def box_shape(BLOCK, COLUMNS, DOCUMENTS):
+    """Return the box of a descriptor of BLOCK rows and COLUMNS, plain or cut."""
+    return [1, 1, BLOCK, 1, COLUMNS] if DOCUMENTS else [1, 1, BLOCK, COLUMNS]
 
 
 @gluon.jit
@@ -131,10 +140,7 @@ def make_box_slots(
     WRITERS: gl.constexpr = 1,
 ):
     """Return slots for boxes of BLOCK rows and COLUMNS, plain or of a cut descriptor."""
-    if DOCUMENTS:
-        return make_slots(N, READERS, desc, [1, 1, BLOCK, 1, COLUMNS], WRITERS)
-    else:
-        return make_slots(N, READERS, desc, [1, 1, BLOCK, COLUMNS], WRITERS)
+    return make_slots(N, READERS, desc, box_shape(BLOCK, COLUMNS, DOCUMENTS), WRITERS)
 
 
 @gluon.jit
@@ -155,21 +161,9 @@ def await_full(slots, slot, turn):
 
 
 @gluon.jit
-def await_empty(slots, slot, turn):
-    """Wait until a slot is free to be filled for the turn-th time."""
-    mbarrier.wait(slots.empty.index(slot), turn & 1 ^ 1)
-
-
-@gluon.jit
-def release(slots, slot):
-    """Say that this partition has read a slot."""
-    mbarrier.arrive(slots.empty.index(slot), count=1)
-
-
-@gluon.jit
 def load(desc, coordinates, slots, slot, turn):
     """Load a box into a slot, once that is free."""
-    await_empty(slots, slot, turn)
+    slots.await_empty(slot, turn)
     mbarrier.expect(slots.full.index(slot), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(
         desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
