@@ -119,8 +119,7 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     if impl == "triton":
         return triton_kernels(inputs)
     if impl == "triton-hopper":
-        # Its backward is the one of "triton".
-        return [kernel for kernel in triton_kernels(inputs, True) if kernel.pass_ == "fwd"]
+        return triton_kernels(inputs, on_hopper=True)
     if impl == "cudnn":
         return _cudnn_kernels(inputs)
     backend = FLASH[impl]
@@ -142,27 +141,28 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     ]
 
 
-def triton_kernels(inputs: Inputs, hopper_forward: bool = False) -> list[Kernel]:
+def triton_kernels(inputs: Inputs, on_hopper: bool = False) -> list[Kernel]:
     """Return the library's kernels, each storing and each continuing an fp32 state.
 
     Forward that stores writes the input's dtype, as its peers do. Backward is delta, dQ and dKV
     with float32 gradients.
 
     Args:
-        hopper_forward: the forward for sm_90 instead of the portable one.
+        on_hopper: the kernels for sm_90 instead of the portable ones.
 
     Raises:
         NotImplementedError: as kernels.
     """
-    from ring_flash_attn.backends import hopper
+    from ring_flash_attn.backends import hopper, hopper_backward
     from ring_flash_attn.backends.triton import TritonBackend
 
-    impl = "triton-hopper" if hopper_forward else "triton"
-    backend = TritonBackend(hopper_forward=hopper_forward)
+    impl = "triton-hopper" if on_hopper else "triton"
+    backend = TritonBackend(hopper_forward=on_hopper, hopper_backward=on_hopper)
     _check(backend, inputs)
-    if hopper_forward:
+    if on_hopper:
         major, minor = torch.cuda.get_device_capability(inputs.q.device)
-        refused = hopper.unsupported(10 * major + minor, inputs.q.dtype, inputs.q.shape[3])
+        case = 10 * major + minor, inputs.q.dtype, inputs.q.shape[3]
+        refused = hopper.unsupported(*case) or hopper_backward.unsupported(*case)
         if refused:
             raise NotImplementedError("; ".join(refused))
     attention, plan = inputs.attention, inputs.plan

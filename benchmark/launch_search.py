@@ -91,7 +91,7 @@ def launch(candidate: Candidate, inputs: Inputs, folds: bool) -> Launch:
             return Choice(candidate.config, arch, "")
         return launch_config(arch, head_dim, dtype, pass_, documents)
 
-    backend = TritonBackend(lookup, hopper_forward=False)
+    backend = TritonBackend(lookup, hopper_forward=False, hopper_backward=False)
     attention, plan = inputs.attention, inputs.plan
     q, k, v, dout, _ = inputs
     out = torch.empty_like(q, dtype=torch.float32 if folds else q.dtype)
