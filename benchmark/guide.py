@@ -34,8 +34,9 @@ FLOPs are 4 B H D x (query-key pairs that the mask shows; S^2 / 2 if causal), ba
 that. Kernels: all implementations in turn, launches queued ahead, cold L2. Rings: all
 implementations in turn, the host waiting for each call, slowest rank. Share of kernel: the same
 kernel's time on one GPU for the local length, times P, over the ring's time. Errors: relative,
-against dense attention in float64. `+ state`: the kernel continues a float32 state or adds to
-float32 gradients, as every step of a ring after the first does.
+against dense attention in float64. `triton`: what the library runs on this GPU; `triton-portable`:
+what it runs on others. `+ state`: the kernel continues a float32 state or adds to float32
+gradients, as every step of a ring after the first does.
 """
 PACKED = """`one` is one document of P x L tokens; `stated` as many tokens in documents of 128 to
 16384 tokens: log-uniform, seed 0, multiples of 2P. FLOPs are those of each document's own pairs.
@@ -76,7 +77,9 @@ def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
         parts.append("Nothing is measured yet: `benchmark/results` holds no rows.\n")
     if kernels:
         parts += [f"### One GPU\n\n{_origin(kernels)}\n", _kernels_table(kernels)]
-        parts += [_ratios(kernels, "triton", "fa2"), _ratios(kernels, "triton", "fa3")]
+        names = "triton", "triton + state"
+        parts += [_ratios(kernels, name, f"fa{n}") for n in (3, 2) for name in names]
+        parts.append(_ratios(kernels, "triton-portable", "fa2"))
         parts.append(f"![TFLOP/s of one GPU]({pictures}/kernels.svg)\n")
     if rings:
         parts += [f"### Rings\n\n{_origin(rings)}\n", *_rings(rings)]

@@ -21,7 +21,7 @@ from ring_flash_attn.backends.flash import Flash3Backend, Flash4Backend
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.plan import StepPlan, plan_local
 
-IMPLEMENTATIONS = ("triton", "triton-hopper", "fa2", "cudnn", "fa3", "fa4")
+IMPLEMENTATIONS = ("triton", "triton-portable", "fa2", "cudnn", "fa3", "fa4")
 FLASH = {"fa2": AtenBackend(), "fa3": Flash3Backend(), "fa4": Flash4Backend()}
 aten = torch.ops.aten
 
@@ -118,8 +118,8 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     """
     if impl == "triton":
         return triton_kernels(inputs)
-    if impl == "triton-hopper":
-        return triton_kernels(inputs, on_hopper=True)
+    if impl == "triton-portable":
+        return triton_kernels(inputs, portable=True)
     if impl == "cudnn":
         return _cudnn_kernels(inputs)
     backend = FLASH[impl]
@@ -141,30 +141,25 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     ]
 
 
-def triton_kernels(inputs: Inputs, on_hopper: bool = False) -> list[Kernel]:
-    """Return the library's kernels, each storing and each continuing an fp32 state.
+def triton_kernels(inputs: Inputs, portable: bool = False) -> list[Kernel]:
+    """Return the kernels that the library runs here, storing and continuing an fp32 state.
 
     Forward that stores writes the input's dtype, as its peers do. Backward is delta, dQ and dKV
     with float32 gradients.
 
     Args:
-        on_hopper: the kernels for sm_90 instead of the portable ones.
+        portable: the portable ones, also where the library has others for the part.
 
     Raises:
         NotImplementedError: as kernels.
     """
-    from ring_flash_attn.backends import hopper, hopper_backward
     from ring_flash_attn.backends.triton import TritonBackend
 
-    impl = "triton-hopper" if on_hopper else "triton"
-    backend = TritonBackend(hopper_forward=on_hopper, hopper_backward=on_hopper)
+    impl, backend = "triton", TritonBackend()
+    if portable:
+        impl = "triton-portable"
+        backend = TritonBackend(hopper_forward=False, hopper_backward=False)
     _check(backend, inputs)
-    if on_hopper:
-        major, minor = torch.cuda.get_device_capability(inputs.q.device)
-        case = 10 * major + minor, inputs.q.dtype, inputs.q.shape[3]
-        refused = hopper.unsupported(*case) or hopper_backward.unsupported(*case)
-        if refused:
-            raise NotImplementedError("; ".join(refused))
     attention, plan = inputs.attention, inputs.plan
     again = plan._replace(step=1)
     q, k, v, dout, _ = inputs

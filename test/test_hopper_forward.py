@@ -274,23 +274,29 @@ def test_reasons_against_it():
         assert str(head_dim) in hopper.unsupported(90, torch.float16, head_dim)[0]
 
 
-def test_what_it_can_address():
+def test_what_it_can_address(emulated):
+    emulated()
+
+    def addresses(q, k, v, out, state, documents):
+        config = FORWARD[64]
+        return hopper.forward_arguments(config, (q, k, v), out, state, documents, True) is not None
+
     def tensor(batch=1, length=6, heads=4):
         return torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16)
 
     q, k = tensor(heads=8), tensor()
-    assert hopper.addresses(q, k, k, q, None, True) and hopper.addresses(q, k, k, q, None, False)
+    assert addresses(q, k, k, q, None, True) and addresses(q, k, k, q, None, False)
     packed = torch.zeros(1, 6, 3, 4, 64, dtype=torch.bfloat16)
-    assert hopper.addresses(*packed.unbind(2), packed[:, :, 0], None, True)
+    assert addresses(*packed.unbind(2), packed[:, :, 0], None, True)
     odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
-    assert not hopper.addresses(odd, k, k, q, None, False)
-    assert not hopper.addresses(q, k, odd, q, None, True)
+    assert not addresses(odd, k, k, q, None, False)
+    assert not addresses(q, k, odd, q, None, True)
     several = tensor(2)
-    assert not hopper.addresses(several, several, several, several, None, True)
+    assert not addresses(several, several, several, several, None, True)
     wide = torch.empty(0, dtype=torch.bfloat16).as_strided((2, 0, 4, 64), (1 << 31, 256, 64, 1))
-    assert not hopper.addresses(q, k, k, wide, None, False)
+    assert not addresses(q, k, k, wide, None, False)
     # The state is read as float32, and by TMA too.
-    assert hopper.addresses(q, k, k, q.float(), q.float(), False)
-    assert not hopper.addresses(q, k, k, q, q, False)
+    assert addresses(q, k, k, q.float(), q.float(), False)
+    assert not addresses(q, k, k, q, q, False)
     crooked = torch.zeros(1, 6, 8, 66)[..., :64]
-    assert not hopper.addresses(q, k, k, crooked, crooked, False)
+    assert not addresses(q, k, k, crooked, crooked, False)

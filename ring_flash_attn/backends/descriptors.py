@@ -1,9 +1,42 @@
 """What the tensor memory accelerator (TMA) can address of a tensor."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 
-def tma_shape(x: Tensor) -> tuple[list[int], list[int]] | None:
+class Address(NamedTuple):
+    """What the TMA is told of a tensor. It does not keep the memory alive."""
+
+    pointer: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+def address(x: Tensor) -> Address:
+    """Return where a tensor lies, by value."""
+    return Address(x.data_ptr(), x.dtype, x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def addressable(x: Address, cut: bool) -> bool:
+    """Return whether the TMA can address what lies there, see tma_shape and cut_shape."""
+    return (cut_shape(x) if cut else tma_shape(x)) is not None
+
+
+def tma_shape(x: Tensor | Address) -> tuple[list[int], list[int]] | None:
     """Return shape and strides of x [B, L, H, D] as the TMA is to see it: [B, H, L, D].
 
     Four dimensions, so that rows past L are out of bounds and not the next batch's, and columns
@@ -27,7 +60,7 @@ def tma_shape(x: Tensor) -> tuple[list[int], list[int]] | None:
     return [batch, heads, length, head_dim], [at_batch, at_head, at_row, 1]
 
 
-def cut_shape(x: Tensor) -> tuple[list[int], list[int]] | None:
+def cut_shape(x: Tensor | Address) -> tuple[list[int], list[int]] | None:
     """Return shape and strides, [., ., rows, H, D], that let a load of x [1, L, H, D] end anywhere.
 
     Coordinates (2**30, end, 2**30 - end + row, head, 0) address `row`, and rows from `end` on are

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..kernels.hopper.configs import ForwardConfig, forward_config
-from .descriptors import cut_shape, tma_shape
+from .descriptors import Address, address, cut_shape, tma_shape
 from .launch import launch
 
 # Gluon changes between versions. Others run the portable kernels, and do not import these.
@@ -48,42 +48,42 @@ def unsupported_part(arch: int, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def addresses(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor | None, documents: bool
-) -> bool:
-    """Return whether the kernel can address these tensors, which views of others may forbid.
-
-    Args:
-        q: [B, L, H, D]. k, v: [B, Lk, Hk, D].
-        out: [B, L, H, D], what is written. state: the same, if it is read too.
-    """
-    if state is not None and (state.dtype != torch.float32 or tma_shape(state) is None):
-        return False
-    shapes = tma_shape(q), tma_shape(k), cut_shape(v) if documents else tma_shape(v)
-    return None not in shapes and max(out.stride()) < 1 << 31
-
-
 def forward_arguments(
     config: ForwardConfig,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
     state: Tensor | None,
     documents: bool,
     one_entry: bool,
-) -> dict[str, Any]:
-    """Return the arguments of _hopper_fwd_kernel that the portable forward does not take alike."""
+) -> dict[str, Any] | None:
+    """Return the arguments of _hopper_fwd_kernel that the portable forward does not take alike.
+
+    Args:
+        tensors: q [B, L, H, D], k, v [B, Lk, Hk, D].
+        out: [B, L, H, D], what is written. state: the same, if it is read too.
+
+    Returns:
+        None if the kernel cannot address these tensors, which views of others may forbid.
+    """
+    if max(out.stride()) >= 1 << 31 or (state is not None and state.dtype != torch.float32):
+        return None
+    q, k, v = tensors
     width = block_d(q.shape[3])
-    k_box = [1, 1, config.block_n, width]
-    v_box = [1, 1, config.block_n, 1, width] if documents else k_box
-    # As many bytes as a block of K or V, in whose room it goes.
-    state_box = [1, 1, 64, width * config.block_n // 128]
+    v_box = (1, 1, config.block_n, 1, width) if documents else (1, 1, config.block_n, width)
+    described = {
+        "q": describe(q, (1, 1, 64, width)),
+        "k": describe(k, (1, 1, config.block_n, width)),
+        "v": describe(v, v_box, cut=documents),
+    }
+    if state is not None:
+        # As many bytes as a block of K or V, in whose room it goes.
+        described["state"] = describe(state, (1, 1, 64, width * config.block_n // 128))
+    if None in described.values():
+        return None
     _, consumer, producer = config.registers
     return {
-        "q": describe(q, tma_shape(q), [1, 1, 64, width]),
-        "k": describe(k, tma_shape(k), k_box),
-        "v": describe(v, cut_shape(v) if documents else tma_shape(v), v_box),
-        "state": None if state is None else describe(state, tma_shape(state), state_box),
+        "state": None,
+        **described,
         "counter_ptr": _counter(q.device),
         "BLOCK_D": width,
         "BLOCK_N": config.block_n,
@@ -116,10 +116,28 @@ def block_d(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def describe(x: Tensor, shape_and_strides: tuple[list[int], list[int]] | None, box: list[int]):
-    """Return a descriptor of x, of shape and strides as the TMA is to see it."""
-    assert shape_and_strides is not None, "unsupported() has refused this"
-    return TensorDescriptor(x, *shape_and_strides, box, _layout(x.dtype, tuple(box)))
+def describe(x: Tensor, box: tuple[int, ...], cut: bool = False) -> Any:
+    """Return a descriptor of x [B, L, H, D], None if the TMA cannot address it.
+
+    Args:
+        box: of the descriptor's dimensions, see tma_shape and cut_shape.
+        cut: as cut_shape, whose loads may end anywhere.
+    """
+    if x.is_cuda:
+        return _described(address(x), box, cut)
+    shape_and_strides = cut_shape(x) if cut else tma_shape(x)
+    if shape_and_strides is None:
+        return None
+    return TensorDescriptor(x, *shape_and_strides, list(box), _layout(x.dtype, box))
+
+
+@lru_cache(maxsize=4096)
+def _described(x: Address, box: tuple[int, ...], cut: bool) -> Any:
+    """Describe what lies at an address: to do it anew takes 12 us of the host."""
+    shape_and_strides = cut_shape(x) if cut else tma_shape(x)
+    if shape_and_strides is None:
+        return None
+    return TensorDescriptor(x, *shape_and_strides, list(box), _layout(x.dtype, box))
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
 from . import hopper
 from .base import GradTarget, Saved, Step
-from .descriptors import cut_shape, tma_shape
+from .descriptors import address, addressable
 from .documents import Side
 from .launch import launch, strides, targets
 from .work import work
@@ -43,6 +43,8 @@ def unsupported(
     config = backward_config(head_dim)
     if config is None:
         reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
+    if isinstance(config, BackwardConfig) and not config.wins:
+        reasons.append(f"the portable kernels are faster at head dim {head_dim}")
     if deterministic and isinstance(config, BackwardConfig):
         reasons.append("it sums dq in any order, and deterministic asks for one")
     return reasons
@@ -60,11 +62,12 @@ def addresses(
         sources: q, k, v, dout, each [B, L, H, D].
         dq: the state [B, L, H, D]; None: there is none.
     """
-    shape = cut_shape if documents else tma_shape
-    fused = isinstance(config, BackwardConfig)
-    if fused and dq is not None and (dq.dtype != torch.float32 or shape(dq) is None):
-        return False
-    return all(shape(x) is not None for x in sources.values())
+    tensors = [*sources.values()]
+    if isinstance(config, BackwardConfig) and dq is not None:
+        if dq.dtype != torch.float32:
+            return False
+        tensors.append(dq)
+    return all(addressable(address(x), documents) for x in tensors)
 
 
 class HopperStep(NamedTuple):
@@ -210,9 +213,10 @@ class HopperStep(NamedTuple):
     def _describe(self, x: Tensor, box: tuple[int, int]) -> Any:
         """Return a descriptor of x with boxes of so many rows and columns."""
         rows, columns = box
-        if self.documents:
-            return hopper.describe(x, cut_shape(x), [1, 1, rows, 1, columns])
-        return hopper.describe(x, tma_shape(x), [1, 1, rows, columns])
+        shape = (1, 1, rows, 1, columns) if self.documents else (1, 1, rows, columns)
+        described = hopper.describe(x, shape, cut=self.documents)
+        assert described is not None, "addresses() has refused this"
+        return described
 
     def _move(self, source: Tensor, target: Tensor, side: Side, **constants: bool) -> None:
         """Store source, or with ADD add it, to the target in the rows of a side's tiles."""

@@ -105,15 +105,16 @@ class TritonBackend:
         documents = isinstance(step_plan, DocumentsStep)
         choices = self._choices(attention, q, documents)
         config = choices.hopper_forward
-        state = None if step_plan.first else out
-        if config is None or not hopper.addresses(q, k, v, out, state, documents):
+        special = None
+        if config is not None:
+            state, side = None if step_plan.first else out, Side(False, config.block_m)
+            one = one_entry(step_plan, side)
+            special = hopper.forward_arguments(config, (q, k, v), out, state, documents, one)
+        if config is None or special is None:
             sources = {"q": q, "k": k, "v": v}
             self._launch(_fwd_kernel, "forward", attention, step_plan, sources, **outputs)
             return
-        side = Side(False, config.block_m)
-        outputs |= work(attention, step_plan, q, k, side, choices.sides)
-        one = one_entry(step_plan, side)
-        outputs |= hopper.forward_arguments(config, q, k, v, state, documents, one)
+        outputs |= work(attention, step_plan, q, k, side, choices.sides) | special
         with on(q.device):
             hopper.launch_forward(config, outputs)
 
