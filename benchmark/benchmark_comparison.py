@@ -45,6 +45,7 @@ from ring_flash_attn.core.attention import Attention
 
 LONGEST_TRUTH = 16384
 ONE_GPU = "one GPU"
+EXCHANGES = ("ring", "copy-engine")
 Made = TypeVar("Made")
 
 
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=timing.DTYPES, default="bf16")
     add("--implementations", nargs="+", choices=KERNELS, default=list(KERNELS))
     add("--passes", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd", "fwd_bwd"])
+    add("--exchanges", nargs="+", choices=EXCHANGES, default=["ring"], help="of triton")
     add("--repeats", type=int, default=15 if on_gpu else 2)
     add("--no-errors", action="store_true")
     add("--csv", type=Path, help="append the rows to this file")
@@ -185,7 +187,10 @@ class Comparison:
         for impl, packing in itertools.product(self.options.implementations, packings):
             name = impl if packing.name == BATCH else f"{impl} {packing.name} {layout}"
             given = impl, layout, packing, inputs, self.place, stride
-            found.append(self._try(name, lambda given=given: variant(*given)))
+            chosen = self.options.exchanges if impl == "triton" and layout != LLAMA3 else ["ring"]
+            for exchange in chosen:
+                label = name if exchange == "ring" else f"{name} over {exchange}"
+                found.append(self._try(label, lambda given=given, by=exchange: variant(*given, by)))
         return [x for x in found if x is not None]
 
     def _kernel_times(self, inputs: Inputs) -> dict[tuple[str, str], float]:
@@ -214,7 +219,7 @@ class Comparison:
             runs = {x: x.call(pass_) for x in variants}
             for x, ms in slowest_times(runs, self.options.repeats, self.place).items():
                 given = x.packing, x.inputs, x.impl, pass_, ms, self.place.world_size
-                row = self._row(x.layout, *given)
+                row = self._row(x.layout, *given) | {"exchange": x.exchange}
                 row["share_of_kernel"] = self._share(x, pass_, ms.p50, alone)
                 row["peak_gib"] = peak_gib(runs[x], x.inputs[:3], self.place)
                 for name, error in errors.get(x, {}).items():
@@ -253,10 +258,9 @@ class Comparison:
         o, attention = self.options, inputs.attention
         mask = attention.causal, attention.window
         work = packing.flops(o.batch, o.heads, o.head_dim, *mask, pass_) / ranks
-        exchange = "gather" if layout == LLAMA3 else "ring"
         given = {
             **self.source,
-            **{"world_size": ranks, "impl": impl, "exchange": exchange, "layout": layout},
+            **{"world_size": ranks, "impl": impl, "exchange": "ring", "layout": layout},
             **{"packing": packing.name, "pass": pass_, "dtype": o.dtype, "batch": o.batch},
             **{"local_len": inputs.q.shape[-3], "heads": o.heads, "kv_heads": o.kv_heads},
             **{"head_dim": o.head_dim, "causal": mask[0], "window": timing.window_text(mask[1])},

@@ -130,7 +130,11 @@ def _rings(found: list[Row]) -> list[str]:
     """Return the table and the ratios of rows; nothing of none."""
     if not found:
         return []
-    ratios = [_ratios(found, "triton", f"upstream-fa{n}") for n in (2, 3)]
+    ratios = [
+        _ratios(found, ours, f"upstream-fa{n}")
+        for ours in ("triton", "triton, copy engine")
+        for n in (2, 3)
+    ]
     ratios += [_ratios(found, f"native-fa{n}", f"upstream-fa{n}") for n in (2, 3)]
     return [_rings_table(found), *ratios]
 
@@ -139,7 +143,7 @@ def _rings_table(found: list[Row]) -> str:
     lines: dict[tuple, dict[str, Row]] = {}
     for row in found:
         key = (row["world_size"], case_name(row), row["dtype"], mask_name(row), layout_name(row))
-        lines.setdefault((*key, row["impl"]), {})[row["pass"]] = row
+        lines.setdefault((*key, kernel_name(row)), {})[row["pass"]] = row
     table = []
     for key, passes in lines.items():
         line = list(key)

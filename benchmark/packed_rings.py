@@ -38,6 +38,7 @@ def packed_ring(
     inputs: Inputs,
     place: Place,
     heads_k_stride: int = 1,
+    exchange: str = "ring",
 ) -> Ring:
     """Return q, k, v -> out of an implementation, on this rank's rows of the documents.
 
@@ -61,7 +62,8 @@ def packed_ring(
             cu_q, cu_k, max_q, max_k, keys = llama3_flash_attn_prepare_cu_seqlens(*of_rank)
             cut = cu_q, cu_k, max_q, max_k, heads_k_stride, keys
             return lambda q, k, v: gathered_attention(q, k, v, *cut, **options)[0]
-        return lambda q, k, v: packed_attention(q, k, v, *local, layout=layout, **options)[0]
+        options |= {"layout": layout, "exchange": exchange}
+        return lambda q, k, v: packed_attention(q, k, v, *local, **options)[0]
     if layout == "stripe":
         raise NotImplementedError("ring-flash-attn 0.1.8 has no packed stripe")
     module = upstream(impl, layout, inputs)

@@ -12,6 +12,7 @@ from report import case_name, kernel_name, layout_name, mask_name
 
 COLORS = {
     **{"triton": "#1b6ca8", "triton + state": "#7fb2d9", "native-aten": "#f0b9a0"},
+    **{"triton, copy engine": "#12324a"},
     **{"triton-portable": "#0b3c5d", "triton-portable + state": "#4a7fa8"},
     **{"fa2": "#d9d9d9", "cudnn": "#969696", "fa3": "#4d4d4d", "fa4": "#111111"},
     **{"native-fa2": "#e08f6c", "native-fa3": "#c0532b"},

@@ -30,7 +30,7 @@ def rings_table(measured: list[dict]) -> str:
         ms = r["ms_p50"]
         tokens = r["batch"] * r["local_len"] * r["world_size"] / ms * 1e3
         rivals = (times.get((*(r[c] for c in case_of), f"upstream-fa{n}")) for n in (2, 3))
-        line = [r["local_len"], mask_name(r), layout_name(r), r["impl"], r["pass"]]
+        line = [r["local_len"], mask_name(r), layout_name(r), kernel_name(r), r["pass"]]
         line += [f"{r[c]:.2f}" for c in ("ms_p20", "ms_p50", "ms_p80")]
         line += [f"{tokens:,.0f}", f"{r['tflops_per_gpu']:.4g}"]
         line += [_given(r["share_of_kernel"], "{:.1%}"), _given(r["peak_gib"], "{:.2f}")]
@@ -50,8 +50,9 @@ def case_name(row: dict) -> str:
 
 
 def kernel_name(row: dict) -> str:
-    """Return the implementation, and whether it continued a state."""
-    return f"{row['impl']} + state" if int(row.get("state", 0)) else row["impl"]
+    """Return the implementation, whether it continued a state, and what moved K and V for it."""
+    name = f"{row['impl']} + state" if int(row.get("state", 0)) else row["impl"]
+    return f"{name}, copy engine" if row.get("exchange") == "copy-engine" else name
 
 
 def layout_name(row: dict) -> str:

@@ -48,7 +48,7 @@ class RingErrors(NamedTuple):
     dv: float
 
 
-def ring(impl: str, layout: str, inputs: Inputs) -> Ring:
+def ring(impl: str, layout: str, inputs: Inputs, exchange: str = "ring") -> Ring:
     """Return q, k, v -> out of an implementation.
 
     Raises:
@@ -58,7 +58,7 @@ def ring(impl: str, layout: str, inputs: Inputs) -> Ring:
     masked = {"causal": attention.causal, "window_size": attention.window}
     if impl in BACKENDS:
         check_backend(impl, attention, *inputs[:3])
-        options = {"layout": layout, "backend": BACKENDS[impl], **masked}
+        options = {"layout": layout, "backend": BACKENDS[impl], "exchange": exchange, **masked}
         return lambda q, k, v: ring_attention(q, k, v, **options)[0]
     func = getattr(upstream(impl, layout, inputs), f"{STEMS[layout]}_flash_attn_func")
     return lambda q, k, v: func(q, k, v, causal=attention.causal)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import timing
 from kernels import Inputs
-from packed_rings import packed_inputs, packed_ring, packed_shard
+from packed_rings import LLAMA3, packed_inputs, packed_ring, packed_shard
 from packing import BATCH, Packing
 from rings import Ring, RingErrors, Shard, batch_shard, forward_only, ring, ring_errors, step
 
@@ -20,6 +20,7 @@ class Variant:
         inputs: this rank's rows, [B, L, ...], or [T, ...] if packed.
         ring: q, k, v of that shape -> out.
         shard: global [B, S, ...] -> this rank's rows.
+        exchange: how K and V travel: ring, copy-engine or, for llama3, gather.
     """
 
     impl: str
@@ -28,6 +29,7 @@ class Variant:
     inputs: Inputs
     ring: Ring
     shard: Shard
+    exchange: str
 
     def call(self, pass_: str) -> timing.Run:
         """Return forward, or forward and backward, as one call."""
@@ -39,7 +41,13 @@ class Variant:
 
 
 def variant(
-    impl: str, layout: str, packing: Packing, inputs: Inputs, place: Place, heads_k_stride: int
+    impl: str,
+    layout: str,
+    packing: Packing,
+    inputs: Inputs,
+    place: Place,
+    heads_k_stride: int,
+    exchange: str = "ring",
 ) -> Variant:
     """Return a variant that ran forward and backward once.
 
@@ -50,11 +58,12 @@ def variant(
         NotImplementedError: it cannot run here or not on these inputs; the message says why.
     """
     if packing.name == BATCH:
-        run, shard = ring(impl, layout, inputs), batch_shard(layout, place)
+        run, shard = ring(impl, layout, inputs, exchange), batch_shard(layout, place)
     else:
         inputs = packed_inputs(inputs)
-        run = packed_ring(impl, layout, packing, inputs, place, heads_k_stride)
+        run = packed_ring(impl, layout, packing, inputs, place, heads_k_stride, exchange)
         shard = packed_shard(layout, packing, place)
-    found = Variant(impl, layout, packing, inputs, run, shard)
+    exchange = "gather" if layout == LLAMA3 else exchange
+    found = Variant(impl, layout, packing, inputs, run, shard, exchange)
     found.call("fwd_bwd")()
     return found
