@@ -16,7 +16,7 @@ from gluon_emulator import EmulationError, load_module
 from gluon_memory import TensorDescriptor
 from ring_flash_attn.backends import hopper, hopper_backward
 from ring_flash_attn.backends import triton as triton_backend
-from ring_flash_attn.backends.base import GradTarget
+from ring_flash_attn.backends.base import GradTarget, TargetOnRequest
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
@@ -108,7 +108,8 @@ def gradients(backend, mask, layout, size, given, landing=False):
                 zero(dv, step.unseen_k())
             dq, result = states[rank]
             arguments = step, saved[rank], q[rank], k[source], v[source], dq
-            backend.backward(attention, *arguments, lambda target=target: target, result)
+            ask = TargetOnRequest(lambda target=target: target, late=not landing)
+            backend.backward(attention, *arguments, ask, result)
             if landing:
                 dks[source] = dk if step.first else dks[source] + dk
                 dvs[source] = dv if step.first else dvs[source] + dv

@@ -45,6 +45,16 @@ class GradTarget(NamedTuple):
     add: bool
 
 
+class TargetOnRequest(NamedTuple):
+    """Gives a step's target when called, once. `late`: that waits for a travelling accumulator."""
+
+    ask: Callable[[], GradTarget]
+    late: bool
+
+    def __call__(self) -> GradTarget:
+        return self.ask()
+
+
 class Backend(Protocol):
     """Computes steps. Holds no state: a step's results live in tensors that the caller owns.
 
@@ -107,7 +117,8 @@ class Backend(Protocol):
         Args:
             dq: [B, L, H, D] state dtype; stored, not read, on touched rows if `step_plan.first`,
                 else added to. None, and `result`: as for `out` in `forward`.
-            dkv_target: called once, as late as possible: it waits for a travelling accumulator.
+            dkv_target: called once, as late as possible unless it is a TargetOnRequest that says
+                otherwise: it may wait for a travelling accumulator.
         """
         ...
 

@@ -122,6 +122,7 @@ class HopperStep(NamedTuple):
         summed = _float32_like(q) if dq is None else dq
         if self.step_plan.first:
             summed.zero_()
+        if self.step_plan.first or not getattr(dkv_target, "late", True):
             self.launch_fused(config, summed, dkv_target())
         else:
             # Added after the kernel, which would have to wait for the accumulator to arrive. That

@@ -42,6 +42,8 @@ class CopyEngineExchange:
         backward: whether the pass returns dk, dv.
     """
 
+    accumulates = False
+
     def __init__(
         self,
         buffers: PeerBuffers,

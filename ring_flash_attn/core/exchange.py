@@ -13,7 +13,14 @@ from .plan import RingPlan
 
 
 class Exchange(Protocol):
-    """Bring every source's K, V here, and every share of dK, dV home."""
+    """Bring every source's K, V here, and every share of dK, dV home.
+
+    Attributes:
+        accumulates: whether a step's target holds what earlier ranks have added, which may still
+            be travelling when it is asked for.
+    """
+
+    accumulates: bool
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         """Return k, v of source (rank - step) % P, readable now on the compute stream."""
@@ -57,6 +64,8 @@ class RingExchange:
         k: [B, L, Hk, D], v: [B, L, Hk, Dv], this rank's own, any strides; read.
         state: dtype of dk, dv as they accumulate and travel.
     """
+
+    accumulates = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend, Saved, state_dtype
+from ..backends.base import Backend, Saved, TargetOnRequest, state_dtype
 from .attention import Attention
 from .exchange import Exchange
 from .packed import DocumentsPlan
@@ -70,7 +70,10 @@ def ring_backward(
                 k,
                 v,
                 dq,
-                lambda step=step: exchange.dkv_target(step.step),
+                TargetOnRequest(
+                    lambda step=step: exchange.dkv_target(step.step),
+                    late=exchange.accumulates and not step.first,
+                ),
                 result,
             )
         else:
