@@ -12,7 +12,7 @@ if not ON_GPU:
     # Read when Triton is imported; ranks that tests start inherit it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-_collected: Counter[str] = Counter()
+_started: Counter[str] = Counter()
 _passed: Counter[str] = Counter()
 
 
@@ -35,21 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-        if item.get_closest_marker("gpu") or item.get_closest_marker("kernel"):
-            _collected[item.path.name] += 1
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.split("::")[0].rsplit("/")[-1]
+    if report.when == "setup" and ("gpu" in report.keywords or "kernel" in report.keywords):
+        _started[name] += 1
     if report.when == "call" and report.passed and "gpu" not in report.keywords:
-        _passed[report.nodeid.split("::")[0].rsplit("/")[-1]] += 1
+        _passed[name] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run without a GPU in which a file of GPU tests ran nothing on the CPU."""
     option = session.config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # The process that started it sees all reports.
     if ON_GPU or exitstatus != 0 or option.collectonly or option.markexpr or option.keyword:
         return
-    idle = sorted(name for name in _collected if not _passed[name])
+    idle = sorted(name for name in _started if not _passed[name])
     if idle:
         print(f"\nno case ran on the CPU in {', '.join(idle)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

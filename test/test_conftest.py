@@ -19,11 +19,12 @@ def run(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProce
     shutil.copy(Path(__file__).with_name("conftest.py"), folder)
     (folder / "test_planted.py").write_text(source)
     (folder / "pytest.ini").write_text("[pytest]\n")
+    inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     return subprocess.run(
         [*command, *arguments, "."],
         cwd=folder,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        env=inherited | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -31,8 +32,11 @@ def run(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProce
     )
 
 
-def test_a_file_of_gpu_tests_that_ran_nothing_fails_the_run(tmp_path: Path):
-    result = run(tmp_path, GPU_ONLY)
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["one process", "two"])
+def test_a_file_of_gpu_tests_that_ran_nothing_fails_the_run(tmp_path: Path, arguments):
+    if arguments:
+        pytest.importorskip("xdist")
+    result = run(tmp_path, GPU_ONLY, *arguments)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "no case ran on the CPU in test_planted.py" in result.stdout
 
