@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 import oracle
 from gluon_emulator import EmulationError, load_module
@@ -407,7 +408,7 @@ def planted(emulated, bugs=None):
         config = replace(BACKWARD[64], dq_stages=dq_stages, q_stages=q_stages)
         try:
             broken = check(emulated(config, bugs, seed), (True, (110, 0)), "zigzag", 2, given)
-        except (EmulationError, AssertionError) as failure:
+        except (EmulationError, InterpreterError, AssertionError) as failure:
             broken = [str(failure)]
         if broken:
             return broken
@@ -463,7 +464,7 @@ def planted_wide(emulated, kernel=None, bugs=None):
         try:
             backend = emulated(bugs=bugs, seed=seed, bugged=kernel)
             broken = check(backend, (True, (250, 0)), "zigzag", 2, given)
-        except (EmulationError, AssertionError) as failure:
+        except (EmulationError, InterpreterError, AssertionError) as failure:
             broken = [str(failure)]
         if broken:
             return broken
