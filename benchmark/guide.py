@@ -19,7 +19,8 @@ RERUN = """### How to rerun
 
 ```bash
 python benchmark/benchmark_kernels.py --csv benchmark/results/kernels.csv   # one GPU
-torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv
+torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv \\
+    --exchanges ring copy-engine      # --packed batch one stated: documents
 python benchmark/plot.py && python benchmark/guide.py   # the pictures, and this part of the guide
 ```
 

@@ -23,8 +23,8 @@ from .traffic import Traffic
 
 NAMES = ("ring", "copy-engine")
 ENVIRONMENT = "RING_FLASH_ATTN_EXCHANGE"
-# Whether a call that does not say takes the copy engine where it can. Off until a run on GPUs has
-# compared both: `copy-engine` is there for who asks.
+# Whether a call that does not say takes the copy engine where it can. Off: it has run on 2 GPUs
+# only, and its waits have no timeout.
 AUTOMATIC = False
 # Shapes of k whose memory a group keeps; beyond, the one that was used least recently goes.
 KEPT_SHAPES = 8
