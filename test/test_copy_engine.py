@@ -23,7 +23,12 @@ from copy_engine_programs import (
 )
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Broken, Layer, Member, wrong
 from ranks import run_ranks
+from ring_flash_attn.core.attention import Attention
+from ring_flash_attn.core.copy_engine import CopyEngineExchange
+from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.peer_buffers import PeerBuffers, copy_engine_bytes
+from ring_flash_attn.core.plan import plan_ring
+from ring_flash_attn.core.traffic import ring_traffic
 from stream_emulator import World
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -202,3 +207,48 @@ def test_calls_allocate_once():
             train([Layer("zigzag"), Layer("stripe")], member)
     world.run(1)
     assert world.bytes == before
+
+
+class Log:
+    """A transport of two ranks that only notes what it is asked to put on its side streams."""
+
+    rank, world_size, idle = 0, 2, None
+    pull_stream, push_stream = "pull", "push"
+
+    def __init__(self):
+        self.calls = []
+
+    def shared(self, shape, dtype):
+        return [torch.zeros(shape, dtype=dtype) for _ in range(self.world_size)]
+
+    def local(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    def current_stream(self):
+        return "compute"
+
+    def capturing(self):
+        return False
+
+    def record(self, stream):
+        return object()
+
+    def __getattr__(self, name):
+        return lambda stream, *_: self.calls.append((name, stream))
+
+
+def test_the_host_launches_step_0_before_it_minds_the_side_streams():
+    """Else the GPU waits for the host to issue copies and signals that it has all of step 0 for."""
+    layout, attention = Layout("zigzag", 8, 2), Attention(1.0, True)
+    plan, traffic = (
+        plan_ring(attention, layout, layout, 0),
+        ring_traffic(attention, layout, layout, 0),
+    )
+    k = torch.zeros(1, 8, 1, 4)
+    log = Log()
+    buffers = PeerBuffers(log, tuple(k.shape), k.dtype, torch.float32)
+    exchange = CopyEngineExchange(buffers, traffic, plan, k, k, torch.float32, False)
+    exchange.kv(0)
+    assert log.calls == []
+    exchange.kv_done(0)
+    assert ("copy", "pull") in log.calls

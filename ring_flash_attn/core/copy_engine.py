@@ -61,6 +61,7 @@ class CopyEngineExchange:
         # Steps that fetch something, in order: the n-th uses slot and share n modulo their number.
         self._fetched = [step for step, rows in enumerate(traffic.pulls) if rows is not None]
         self._compute = None
+        self._start = None  # an event, from when step 0 is asked for until the side streams wait
         self._own: Tensor | None = None
         self._pulled: list = []  # events, in the order of _fetched
         self._read: list = []
@@ -71,7 +72,7 @@ class CopyEngineExchange:
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
-            self._begin()
+            self._open()
             return self._k, self._v
         rows = self._traffic.pulls[step]
         if rows is None:
@@ -83,6 +84,10 @@ class CopyEngineExchange:
         return k, v
 
     def kv_done(self, step: int) -> None:
+        if step == 0:
+            # Now and not before: the kernels of step 0 are launched, and what follows takes the
+            # host longer than one of them.
+            self._begin()
         if self._traffic.pulls[step] is not None:
             self._read.append(self._transport.record(self._compute))
             self._pull_next()
@@ -132,6 +137,8 @@ class CopyEngineExchange:
         if self._over:
             return
         if self._compute is None:
+            self._open()
+        if self._start is not None:
             self._begin()
         while len(self._read) < len(self._fetched):
             self._read.append(self._transport.record(self._compute))
@@ -148,13 +155,19 @@ class CopyEngineExchange:
             self.dkv_done(self._fetched[index])
         self._take_in(None)
 
-    def _begin(self) -> None:
+    def _open(self) -> None:
+        """Mark where the caller's stream is: k and v are written."""
         transport = self._transport
         self._compute = transport.current_stream()
         if transport.idle is not None and not transport.capturing():
             # The last pass may have run on another stream of the caller.
             transport.wait(self._compute, transport.idle)
-        start = transport.record(self._compute)
+        self._start = transport.record(self._compute)
+
+    def _begin(self) -> None:
+        """Let the side streams go to work, behind that mark but beside step 0."""
+        transport, start = self._transport, self._start
+        self._start = None
         transport.wait(transport.pull_stream, start)
         if self._backward:
             transport.wait(transport.push_stream, start)
