@@ -28,7 +28,12 @@ class RingComm:
 
     Args:
         process_group: the group whose ranks form the ring; None for the default group.
+
+    Attributes:
+        carries: what travels, for the error of a transfer that fails.
     """
+
+    carries = "a message"
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self._connect(process_group, 1)
@@ -41,6 +46,7 @@ class RingComm:
         self.send_rank = self._global_rank((self.rank + offset) % self.world_size)
         self.recv_rank = self._global_rank((self.rank - offset) % self.world_size)
         self._local = offset % self.world_size == 0
+        self._hop = 0
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._requests: list[dist.Work] | None = None
@@ -68,23 +74,31 @@ class RingComm:
         """Start all pairs collected so far, in one batch."""
         if self._requests is not None:
             raise RuntimeError("RingComm.commit called twice without a wait in between")
-        self._requests = []
+        self._hop += 1
         if self._local:
             for to_send, received in self._pairs:
                 received.copy_(to_send)
+            self._requests = []
             return
         operations = []
         for to_send, received in self._stage():
             operations.append(dist.P2POp(dist.isend, to_send, self.send_rank, self._process_group))
             operations.append(dist.P2POp(dist.irecv, received, self.recv_rank, self._process_group))
-        self._requests = dist.batch_isend_irecv(operations)
+        try:
+            self._requests = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise lost(error, self._process_group, self._doing()) from error
 
     def wait(self) -> None:
         """Make the current stream (gloo: the host) wait for everything committed."""
         if self._requests is None:
             raise RuntimeError("RingComm.wait called before commit")
-        for request in self._requests:
-            request.wait()
+        index = 0
+        try:
+            for index, request in enumerate(self._requests):  # noqa: B007 (read in the handler)
+                request.wait()
+        except RuntimeError as error:
+            raise lost(error, self._process_group, self._doing(index)) from error
         for (_, received), (_, arrived) in zip(self._pairs, self._staged, strict=False):
             received.copy_(arrived)
         self._requests, self._pairs, self._staged = None, [], []
@@ -100,6 +114,14 @@ class RingComm:
         next_k, next_v = self.send_recv(k, k_buffer), self.send_recv(v, v_buffer)
         self.commit()
         return next_k, next_v
+
+    def _doing(self, index: int = 0) -> str:
+        """Say what a request does: `commit` makes a send and a receive of a pair, or one of all."""
+        ways = [f"sending to global rank {self.send_rank}"]
+        ways += [f"receiving from global rank {self.recv_rank}"]
+        if self._requests is not None and len(self._requests) == 2 * len(self._pairs):
+            ways = [ways[index % 2]]
+        return f"{' and '.join(ways)} ({self.carries}, hop {self._hop})"
 
     def _stage(self) -> list[tuple[Tensor, Tensor]]:
         """Return the pairs to transfer: gloo cannot send CUDA tensors, host copies stand in."""
@@ -122,42 +144,61 @@ class ShiftComm(RingComm):
         self._connect(process_group, offset)
 
 
-class AllGatherComm:
-    """Gather equal shards of every rank, several in flight; None means the default group."""
+class _CollectiveComm:
+    """Collectives of a group, several in flight; `carries` is what they move, for errors."""
+
+    carries = "tensors"
+    _verb: str
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.handles: list[dist.Work] = []
+
+    def _start(self, collective: Callable, output_tensor: Tensor, input_tensor: Tensor) -> None:
+        try:
+            handle = collective(output_tensor, input_tensor, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise lost(error, self.group, f"starting to {self._verb} {self.carries}") from error
+        self.handles.append(handle)
+
+    def wait(self) -> None:
+        """Make the current stream (gloo: the host) wait for everything started."""
+        try:
+            for handle in self.handles:
+                handle.wait()
+        except RuntimeError as error:
+            raise lost(error, self.group, f"waiting to {self._verb} {self.carries}") from error
+        self.handles = []
+
+
+class AllGatherComm(_CollectiveComm):
+    """Gather equal shards of every rank, several in flight; None means the default group."""
+
+    _verb = "gather"
 
     def all_gather(self, output_tensor: Tensor, input_tensor: Tensor) -> None:
         """Start gathering `input_tensor` [n, ...] of every rank into `output_tensor` [P n, ...]."""
-        handle = _all_gather(output_tensor, input_tensor, group=self.group, async_op=True)
-        self.handles.append(handle)
-
-    def wait(self) -> None:
-        """Make the current stream (gloo: the host) wait for every gather started."""
-        for handle in self.handles:
-            handle.wait()
-        self.handles = []
+        self._start(_all_gather, output_tensor, input_tensor)
 
 
-class ReduceScatterComm:
+class ReduceScatterComm(_CollectiveComm):
     """Sum every rank's tensor and keep one's own shard, several in flight, as AllGatherComm."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.handles: list[dist.Work] = []
+    _verb = "sum"
 
     def reduce_scatter(self, output_tensor: Tensor, input_tensor: Tensor) -> None:
         """Start summing `input_tensor` [P n, ...] over the ranks into `output_tensor` [n, ...]."""
-        handle = _reduce_scatter(output_tensor, input_tensor, group=self.group, async_op=True)
-        self.handles.append(handle)
+        self._start(_reduce_scatter, output_tensor, input_tensor)
 
-    def wait(self) -> None:
-        """Make the current stream (gloo: the host) wait for every sum started."""
-        for handle in self.handles:
-            handle.wait()
-        self.handles = []
+
+def lost(error: RuntimeError, group: dist.ProcessGroup | None, doing: str) -> RuntimeError:
+    """Return an error of the same type that says which rank fails while doing what.
+
+    Args:
+        error: torch.distributed's: a rank of `group` has died, or has not come in its timeout.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size(group)
+    return type(error)(f"ring attention: global rank {rank}, group of {size}, {doing}: {error}")
 
 
 def update_out_and_lse(

@@ -98,7 +98,7 @@ def packed_tensors(case: PackedCase, world_size: int, dtype: torch.dtype, device
     return *(x.to(device, dtype) for x in (q, k, v, dout)), dlse.to(device, state)
 
 
-def attend(case: PackedCase, rank: int, world_size: int, backend: str, local):
+def attend(case: PackedCase, rank: int, world_size: int, backend: str, local, group=None):
     """Return out, lse of this rank's rows through the library."""
     from ring_flash_attn import (
         gathered_attention,
@@ -107,7 +107,7 @@ def attend(case: PackedCase, rank: int, world_size: int, backend: str, local):
     )
 
     causal, window = MASKS[case.mask]
-    options = {"backend": backend, "causal": causal, "window_size": window}
+    options = {"backend": backend, "causal": causal, "window_size": window, "group": group}
     device = local[0].device
     if case.layout == GATHER:
         edges = edges_of(n * world_size for n in case.local_lengths)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,11 +16,19 @@ import torch.distributed as dist
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def run_ranks(world_size: int, work: Callable, *args, timeout_s: float = 300.0) -> list:
+def run_ranks(
+    world_size: int,
+    work: Callable,
+    *args,
+    timeout_s: float = 300.0,
+    lost: Collection[int] = (),
+) -> list:
     """Call `work(rank, *args)` on every rank inside a gloo group; return the results by rank.
 
     `work` must be importable (a module's top level); what it returns must pickle. A rank that
-    raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here.
+    raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here. Not so
+    the ranks `lost`: nobody waits for them, they may die, and their result is the exit code, -9
+    if they lived until the others had ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -30,14 +38,15 @@ def run_ranks(world_size: int, work: Callable, *args, timeout_s: float = 300.0) 
         for process in ranks:
             process.start()
         begin = time.monotonic()
-        while any(process.is_alive() for process in ranks):
+        kept = [process for rank, process in enumerate(ranks) if rank not in lost]
+        while any(process.is_alive() for process in kept):
             if time.monotonic() - begin > timeout_s:
                 break
-            if any(process.exitcode not in (None, 0) for process in ranks):
+            if any(process.exitcode not in (None, 0) for process in kept):
                 # The others would wait for this rank until the group's timeout.
                 break
             time.sleep(0.02)
-        codes = [process.exitcode for process in ranks]
+        codes = [process.exitcode for process in kept]
         seconds = time.monotonic() - begin
         for process in ranks:
             process.kill()
@@ -48,7 +57,9 @@ def run_ranks(world_size: int, work: Callable, *args, timeout_s: float = 300.0) 
                 f"exit codes {codes} (None: ended after {seconds:.0f} s)\n" + "\n".join(errors)
             )
         return [
-            torch.load(Path(folder, f"result{rank}"), weights_only=False)
+            ranks[rank].exitcode
+            if rank in lost
+            else torch.load(Path(folder, f"result{rank}"), weights_only=False)
             for rank in range(world_size)
         ]
 

@@ -57,6 +57,47 @@ def test_ring_comm_refuses_wait_before_commit_and_commit_twice():
     ]
 
 
+class Broken:
+    """A request whose peer has gone."""
+
+    def wait(self) -> None:
+        raise dist.DistBackendError("gone")
+
+
+def broken_transfers(rank: int) -> list[str]:
+    def refuse(operations):
+        raise dist.DistBackendError("refused")
+
+    comm, messages = RingComm(None), []
+    comm.send_recv(torch.zeros(1))
+    # A backend that batches returns one request for a send and a receive.
+    for start in (refuse, lambda operations: [Broken()]):
+        dist.batch_isend_irecv = start
+        with pytest.raises(dist.DistBackendError) as caught:
+            comm.commit()
+            comm.wait()
+        messages.append(str(caught.value))
+        if start is refuse:
+            with pytest.raises(RuntimeError, match="wait called before commit"):
+                comm.wait()
+    gatherer = AllGatherComm()
+    gatherer.handles.append(Broken())
+    with pytest.raises(dist.DistBackendError) as caught:
+        gatherer.wait()
+    return [*messages, str(caught.value)]
+
+
+def test_a_failed_transfer_keeps_its_type_and_says_who_did_what():
+    for rank, messages in enumerate(run_ranks(2, broken_transfers)):
+        start = f"ring attention: global rank {rank}, group of 2, "
+        both = f"sending to global rank {1 - rank} and receiving from global rank {1 - rank}"
+        assert messages == [
+            f"{start}{both} (a message, hop 1): refused",
+            f"{start}{both} (a message, hop 2): gone",
+            f"{start}waiting to gather tensors: gone",
+        ]
+
+
 def gather(rank: int) -> list[float]:
     comm, gathered = AllGatherComm(), torch.empty(4)
     comm.all_gather(gathered, torch.full((2,), float(rank)))

@@ -90,7 +90,7 @@ MAY_IMPORT = {
         "backends.base",
     ),
     "core.validate": ("core.attention", "core.layout"),
-    "core.agree": ("core.validate",),
+    "core.agree": ("core.validate", "utils"),
     "core.api": (
         "core.agree",
         "core.choose",

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from ..utils import lost
 from .validate import check_group
 
 T = TypeVar("T")
@@ -76,7 +77,10 @@ def gather_objects(
     # nccl gathers objects on the current device, which a caller may never have set.
     on_gpu = device is not None and device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else nullcontext():
-        dist.all_gather_object(everyone, mine, group=group)
+        try:
+            dist.all_gather_object(everyone, mine, group=group)
+        except RuntimeError as error:
+            raise lost(error, group, "comparing the calls of all ranks") from error
     return everyone
 
 

@@ -84,6 +84,9 @@ class RingExchange:
             self._dkv_comm = RingComm(group)
             # After the last step the accumulators of source rank - last are here: bring them home.
             self._home_comm = ShiftComm(group, -self._last)
+            self._kv_comm.carries = "K, V"
+            self._dkv_comm.carries = "sums of dK, dV"
+            self._home_comm.carries = "dK, dV on their way home"
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
@@ -133,7 +136,7 @@ class RingExchange:
         return self._split(self._dkv[(self._last + 1) % 2])
 
     def abandon(self) -> None:
-        """Nothing: messages under way end by themselves, and the other ranks are left waiting."""
+        """Nothing: messages under way end by themselves; the others wait until the timeout."""
 
     def _send_kv(self, step: int) -> None:
         self._kv_comm.send_recv(self._kv[step % 2], self._kv[(step + 1) % 2])

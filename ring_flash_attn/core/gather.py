@@ -42,6 +42,8 @@ class _Gather:
     def __init__(self, call: GatheredCall, k: Tensor, v: Tensor) -> None:
         self._k_slice, self._slices = call.k_slice, len(key_slices(call, k))
         self._comms = AllGatherComm(call.group), AllGatherComm(call.group)
+        for comm in self._comms:
+            comm.carries = "K, V"
         _, rows, _, head_dim = k.shape
         row = 2, call.heads_k_stride, head_dim
         self._own = torch.empty((self._slices, rows, *row), dtype=k.dtype, device=k.device)
@@ -77,6 +79,8 @@ class _Scatter:
         self._whole = torch.empty((2, size * rows, *row), dtype=state, device=k.device)
         self._own = torch.empty((2, rows, *row), dtype=state, device=k.device)
         self._comms = ReduceScatterComm(call.group), ReduceScatterComm(call.group)
+        for comm in self._comms:
+            comm.carries = "dK, dV"
         self._slices = key_slices(call, k)
         self._dk, self._dv = torch.empty_like(k), torch.empty_like(k)
 
