@@ -198,7 +198,11 @@ def lost(error: RuntimeError, group: dist.ProcessGroup | None, doing: str) -> Ru
         error: torch.distributed's: a rank of `group` has died, or has not come in its timeout.
     """
     rank, size = dist.get_rank(), dist.get_world_size(group)
-    return type(error)(f"ring attention: global rank {rank}, group of {size}, {doing}: {error}")
+    text = f"ring attention: global rank {rank}, group of {size}, {doing}: {error}"
+    try:
+        return type(error)(text)
+    except TypeError:  # a type that wants more than a text
+        return RuntimeError(text)
 
 
 def update_out_and_lse(

@@ -6,7 +6,13 @@ import torch.distributed as dist
 
 from ranks import run_ranks
 from ring_flash_attn import ring_attention
-from ring_flash_attn.utils import AllGatherComm, RingComm, get_default_args, update_out_and_lse
+from ring_flash_attn.utils import (
+    AllGatherComm,
+    RingComm,
+    get_default_args,
+    lost,
+    update_out_and_lse,
+)
 
 
 def ring_of(rank: int, members: list[int] | None) -> list[float]:
@@ -191,3 +197,19 @@ def test_get_default_args_reads_functions_and_custom_ops():
     want = {"q": None, "softcap": 0.0, "causal": True}
     assert get_default_args(flash) == want
     assert get_default_args(Op()) == want
+
+
+class Demanding(RuntimeError):
+    """An error that cannot be made of a text alone."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+
+
+def test_an_error_of_any_type_says_what_was_lost(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    for error, kind in ((Demanding(7, "gone"), RuntimeError), (OSError("gone"), OSError)):
+        said = lost(error, None, "sending K, V")
+        assert type(said) is kind
+        assert "rank 1" in str(said) and "sending K, V" in str(said) and "gone" in str(said)
