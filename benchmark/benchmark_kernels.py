@@ -2,13 +2,11 @@
 
     python benchmark/benchmark_kernels.py --csv benchmark/results/kernels.csv
     python benchmark/benchmark_kernels.py --shapes 1,8192,32/8,128 --masks causal --passes bwd
-    python benchmark/benchmark_kernels.py --config dkv:64/128,64,4/8,2/3,tma --config forward:...
 
 All are timed in turn, round by round, with a cold L2 and the launches queued ahead. Forward writes
 the input's dtype (state 0) or folds into the float32 state (state 1); backward of ours is delta, dQ
 and dKV with float32 gradients, stored (state 0) or added (state 1). Errors are against dense
-attention in float64. With --config or --configs it times launch configurations of the Triton
-kernels instead, best first; their fields may list values with a slash: all combinations are tried.
+attention in float64. Launch configurations of the Triton kernels are timed by `tune.py`.
 
 FlashAttention-3 comes from the folder that $PEERS names (.peers).
 """
@@ -33,7 +31,6 @@ from kernels import (
     truth,
     use_peers,
 )
-from launch_search import candidates, compile_only, search
 from report import kernels_table
 
 from ring_flash_attn.core.attention import Attention
@@ -87,10 +84,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tree", help="hash of ring_flash_attn/, where git is absent")
     parser.add_argument("--commit", help="hash of the commit, where git is absent")
     parser.add_argument("--budget-s", type=float, default=540.0, help="start nothing after that")
-    parser.add_argument("--config", action="append", default=[], help="pass:BM,BN,warps,stages,tma")
-    parser.add_argument("--configs", type=Path, help="a file of such lines")
-    parser.add_argument("--state", action="store_true", help="configurations: forward folds")
-    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.masks = options.masks or ["full", "causal"]
     return options
@@ -218,25 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmark_kernels.py needs an NVIDIA GPU, and torch sees none: nothing measured")
         return 2
     use_peers()
-    lines = list(options.config)
-    if options.configs:
-        lines += options.configs.read_text(encoding="utf-8").splitlines()
-    found = candidates(lines)
-    if not found:
-        benchmark(options)
-        return 0
-    cases = [
-        (
-            f"{tuple(case)} {mask}",
-            (*case, timing.DTYPES[options.dtype], attention_of(options, mask, case.head_dim)),
-        )
-        for case in options.shapes
-        for mask in options.masks
-    ]
-    if options.compile_only:
-        compile_only(found, cases, options.state)
-    else:
-        search(found, cases, options)
+    benchmark(options)
     return 0
 
 

@@ -8,11 +8,12 @@ chooses between compiler and interpreter when it is imported.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ class Job:
         documents: whether it reads packed documents.
         one_entry: of the Hopper forward, whether its tiles meet one entry each; None: a portable
             kernel.
+        changes: of a Hopper kernel, fields in which its row differs from the checked-in one.
     """
 
     pass_: str
@@ -46,6 +48,7 @@ class Job:
     adds: bool
     documents: bool = False
     one_entry: bool | None = None
+    changes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         how = "adds" if self.adds else "stores"
@@ -82,20 +85,45 @@ class Report:
     serialized: tuple[str, ...] = ()
 
 
-def compile_all(jobs: list[Job]) -> list[Report]:
-    """Compile every job, in processes without TRITON_INTERPRET, and report in their order."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def compile_all(jobs: list[Job], seconds: float | None = None) -> list[Report]:
+    """Compile every job, in processes without TRITON_INTERPRET, and report in their order.
+
+    Raises:
+        RuntimeError: a compiling process broke. subprocess.TimeoutExpired: it took longer.
+    """
+    given = json.dumps([asdict(job) for job in jobs])
+    status, output, errors = run_group([sys.executable, __file__], given, seconds)
+    if status:
+        raise RuntimeError(errors)
+    return [Report(**report) for report in json.loads(output)]
+
+
+def run_group(command: list[str], given: str, seconds: float | None) -> tuple[int, str, str]:
+    """Run a command without TRITON_INTERPRET; return its exit status, output and errors.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer; it and what it started are gone.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([asdict(job) for job in jobs]),
-        capture_output=True,
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
         env=environment,
+        start_new_session=True,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return [Report(**report) for report in json.loads(done.stdout)]
+    try:
+        output, errors = process.communicate(given, seconds)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, output, errors
 
 
 def compile_job(job: Job) -> Report:
@@ -149,6 +177,7 @@ def _compile_hopper(job: Job):
 
     config = forward_config(job.head_dim)
     assert config is not None, job
+    config = replace(config, **dict(job.changes))
     block_d = max(64, 1 << (job.head_dim - 1).bit_length())
     at_launch, consumer, producer = config.registers
     constants = {
@@ -202,6 +231,7 @@ def _compile_hopper_backward(job: Job):
     kernel = dict(zip(HOPPER_BACKWARD, kernels, strict=True))[job.pass_]
     config = backward_config(job.head_dim)
     assert config is not None, job
+    config = replace(config, **dict(job.changes))
     block_d = max(64, 1 << (job.head_dim - 1).bit_length())
     at_launch, consumer, others = config.registers
     constants = {
@@ -306,5 +336,5 @@ def _assemble(ptx: str, arch: int) -> str:
 
 if __name__ == "__main__":
     jobs = [Job(**job) for job in json.load(sys.stdin)]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         print(json.dumps([asdict(report) for report in pool.map(compile_job, jobs)]))

@@ -18,7 +18,6 @@ import benchmark_comparison  # noqa: E402
 import benchmark_kernels  # noqa: E402
 import guide  # noqa: E402
 import kernels  # noqa: E402
-import launch_search  # noqa: E402
 import packing  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
@@ -193,28 +192,6 @@ def test_timed_kernels_compute_attention(window: tuple[int, int]):
         kernel.run()  # a call before it must not change the result
         error = kernels.relative_error(kernel.result(), want)
         assert error <= 2 * kernels.relative_error(yardstick, want) + 1e-5, kernel[:3]
-
-
-@interpreted
-@pytest.mark.kernel
-def test_candidates_compute_what_the_checked_in_row_does():
-    lines = ["# a comment", "forward:16/32,16,4,1", "dq:32,16,4,1  # one", "dkv:16,32,4,1,tma"]
-    found = launch_search.candidates(lines)
-    texts = ["forward:16,16,4,1", "forward:32,16,4,1", "dq:32,16,4,1", "dkv:16,32,4,1,tma"]
-    assert [x.text for x in found] == texts
-    inputs = kernels.draw(1, 40, 2, 1, 16, torch.bfloat16, Attention(0.25, True))
-    for candidate in found:
-        table = launch_search.Candidate(candidate.pass_, None)
-        want = launch_search.launch(table, inputs, False).once()
-        got = launch_search.launch(candidate, inputs, False).once()
-        for x, y in zip(got, want, strict=True):
-            assert oracle.errors(x, y).relative < 4e-3
-
-
-@pytest.mark.parametrize("line", ["fwd:1,2,3,4", "forward:1,2,3", "dq:a,2,3,4"])
-def test_a_malformed_configuration_is_an_error(line: str):
-    with pytest.raises(ValueError):
-        launch_search.candidates([line])
 
 
 @pytest.mark.parametrize("length", [1, 7, 24])

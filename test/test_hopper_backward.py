@@ -68,10 +68,8 @@ def emulated(monkeypatch):
         monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
         monkeypatch.setattr(hopper, "unsupported_part", lambda *_: [])
         monkeypatch.setattr(hopper_backward, "backward_config", winning)
-        if config is not None:
-            monkeypatch.setattr(triton_backend, "backward_config", lambda _: config)
         triton_backend._choices.cache_clear()
-        return triton_backend.TritonBackend(hopper_forward=False, hopper_backward=True)
+        return triton_backend.TritonBackend(hopper_forward=False, hopper_backward=config or True)
 
     yield start
     triton_backend._choices.cache_clear()
@@ -505,6 +503,8 @@ def test_reasons_against_it():
     assert "any order" in unsupported(90, torch.bfloat16, 128, deterministic=True)[0]
     assert unsupported(90, torch.bfloat16, 256, deterministic=True) == []
     assert "faster" in unsupported(90, torch.bfloat16, 64)[0]
+    assert unsupported(90, torch.bfloat16, 64, given=BACKWARD[64]) == []
+    assert "any order" in unsupported(90, torch.bfloat16, 64, True, BACKWARD[64])[0]
     for head_dim in (8, 32, 44, 264):
         assert str(head_dim) in unsupported(90, torch.float16, head_dim)[0]
     assert len(unsupported(80, torch.float32, 128, deterministic=True)) == 3

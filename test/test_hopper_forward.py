@@ -53,10 +53,8 @@ def emulated(monkeypatch):
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
 
         monkeypatch.setattr(hopper, "unsupported", lambda *_: [])
-        if config is not None:
-            monkeypatch.setattr(triton_backend, "forward_config", lambda _: config)
         triton_backend._choices.cache_clear()
-        return triton_backend.TritonBackend(hopper_forward=True)
+        return triton_backend.TritonBackend(hopper_forward=config or True)
 
     yield start
     triton_backend._choices.cache_clear()

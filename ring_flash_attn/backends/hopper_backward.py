@@ -31,19 +31,24 @@ _ROWS = 32  # that _rows_kernel moves at a time
 
 
 def unsupported(
-    arch: int, dtype: torch.dtype, head_dim: int, deterministic: bool = False
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool = False,
+    given: BackwardConfig | WideConfig | None = None,
 ) -> list[str]:
     """Return every reason why it cannot run and the portable kernels do; empty if it can.
 
     Args:
         arch: compute capability as kernels.configs counts it.
         deterministic: whether gradients must be bitwise repeatable.
+        given: runs in place of the checked-in row, also where the portable kernels are faster.
     """
     reasons = hopper.unsupported_part(arch, dtype)
     config = backward_config(head_dim)
     if config is None:
         reasons.append(f"it takes head dims from 40 to 256 in steps of 8, not {head_dim}")
-    if isinstance(config, BackwardConfig) and not config.wins:
+    if given is None and isinstance(config, BackwardConfig) and not config.wins:
         reasons.append(f"the portable kernels are faster at head dim {head_dim}")
     if deterministic and isinstance(config, BackwardConfig):
         reasons.append("it sums dq in any order, and deterministic asks for one")

@@ -46,15 +46,15 @@ class TritonBackend:
     def __init__(
         self,
         lookup: configs.Lookup = configs.launch_config,
-        hopper_forward: bool = hopper.WANTED,
-        hopper_backward: bool = hopper.WANTED,
+        hopper_forward: bool | ForwardConfig = hopper.WANTED,
+        hopper_backward: bool | BackwardConfig | WideConfig = hopper.WANTED,
     ) -> None:
         """Take launch configurations from `lookup`: a search script or a test brings its own.
 
         Args:
-            hopper_forward, hopper_backward: run the Hopper kernels where they can. Up to head dim
-                128 that backward sums dq in any order, so with Attention.deterministic the portable
-                one runs.
+            hopper_forward, hopper_backward: run the Hopper kernels where they can, with the
+                checked-in row or the given one. Up to head dim 128 that backward sums dq in any
+                order, so with Attention.deterministic the portable one runs.
         """
         self._lookup = lookup
         self._hopper_forward = hopper_forward
@@ -276,8 +276,8 @@ class _Choices(NamedTuple):
 @lru_cache(maxsize=256)
 def _choices(
     lookup: configs.Lookup,
-    wants_forward: bool,
-    wants_backward: bool,
+    wants_forward: bool | ForwardConfig,
+    wants_backward: bool | BackwardConfig | WideConfig,
     deterministic: bool,
     device: torch.device,
     dtype: torch.dtype,
@@ -289,11 +289,13 @@ def _choices(
     sides = {x: _side(x, config) for x, config in chosen.items()}
     forward = backward = None
     if wants_forward and not hopper.unsupported(arch, dtype, head_dim):
-        forward = forward_config(head_dim)
+        forward = forward_config(head_dim) if wants_forward is True else wants_forward
     if forward is not None:
         sides["forward"] = Side(False, forward.block_m)
-    if wants_backward and not hopper_backward.unsupported(arch, dtype, head_dim, deterministic):
-        backward = backward_config(head_dim)
+    given = None if isinstance(wants_backward, bool) else wants_backward
+    backward_reasons = hopper_backward.unsupported(arch, dtype, head_dim, deterministic, given)
+    if wants_backward and not backward_reasons:
+        backward = given or backward_config(head_dim)
     if backward is not None:
         sides["dkv"] = Side(True, backward.key_rows)
         # The fused kernel has no tiles of queries; finished rows of dq are those of the forward's.

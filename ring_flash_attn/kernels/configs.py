@@ -1,7 +1,7 @@
 """How to launch the portable kernels: one checked-in row per (arch, head_dim, dtype, pass).
 
 No run-time tuning: kernels add in place, so a second run of one corrupts its result, and ranks that
-tune apart can deadlock. test/test_aot.py compiles every row.
+tune apart can deadlock. benchmark/tune.py searches offline, test/test_aot.py compiles every row.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """How to launch the Hopper kernels: one checked-in row per width of their tiles.
 
-test/test_aot.py compiles every row. What was measured is TFLOP/s, bfloat16, H100, 2026-11-28.
+test/test_aot.py compiles every row, benchmark/tune.py searches for better ones. What was
+measured is TFLOP/s, bfloat16, H100, 2026-11-28.
 """
 
 from dataclasses import dataclass
