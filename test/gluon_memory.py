@@ -222,7 +222,7 @@ class TensorDescriptor:
         if len(start) != len(self.shape) or any(not -(2**31) <= x < 2**31 for x in start):
             raise EmulationError(f"{what} at {start}: {len(self.shape)} int32 coordinates needed")
         if start[-1] * self._element_bytes % 16:
-            # Seen on an H100: shared/hopper.md, section 10.
+            # Seen on an H100, 2026-11-22.
             raise EmulationError(f"{what} at {start}: the last must be a multiple of 16 bytes")
         address = np.uint64(self.memory.first * self._element_bytes)
         inside = []
