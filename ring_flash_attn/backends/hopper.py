@@ -133,7 +133,7 @@ def describe(x: Tensor, box: tuple[int, ...], cut: bool = False) -> Any:
 
 @lru_cache(maxsize=4096)
 def _described(x: Address, box: tuple[int, ...], cut: bool) -> Any:
-    """Describe what lies at an address: to do it anew takes 12 us of the host."""
+    """Describe what lies at an address: to do it anew costs the host."""
     shape_and_strides = cut_shape(x) if cut else tma_shape(x)
     if shape_and_strides is None:
         return None

@@ -1,7 +1,7 @@
 """How to launch the Hopper kernels: one checked-in row per width of their tiles.
 
-test/test_aot.py compiles every row, benchmark/tune.py searches for better ones. What was
-measured is TFLOP/s, bfloat16, H100, 2026-11-28.
+test/test_aot.py compiles every row, benchmark/tune.py searches for better ones. Numbers are
+TFLOP/s of run k3 in benchmark/results/kernels.csv (bfloat16, H200, 2026-11-28).
 """
 
 from dataclasses import dataclass
@@ -94,8 +94,8 @@ class BackwardConfig:
         return 128
 
 
-# Full / causal, with delta, zeroing and rounding. 64: 370 / 356, portable 386 / 363
-# (4, 4096, 32, 64). 128: 556 / 561, portable 395 / 414, rotated 541 / 542 (1, 16384, 16, 128).
+# Full / causal, with delta, zeroing and rounding. 128: 525 / 518, portable 407 / 404
+# (1, 16384, 16, 128). 64 was behind the portable kernels, the design document has the ratios.
 BACKWARD = {
     64: BackwardConfig(dq_stages=2, wins=False),
     128: BackwardConfig(spills=40),
@@ -130,7 +130,7 @@ class WideConfig:
         return 64
 
 
-# Full / causal: 413 / 427, portable 167 / 178 (1, 8192, 16, 256).
+# Full: 386, portable 168 (1, 8192, 16, 256).
 WIDE = {256: WideConfig(stages=3)}
 
 
