@@ -15,7 +15,9 @@ import oracle
 from gluon_emulator import EmulationError, load_module
 from gluon_memory import TensorDescriptor
 from ring_flash_attn.backends import hopper
+from ring_flash_attn.backends import launch as launching
 from ring_flash_attn.backends import triton as triton_backend
+from ring_flash_attn.backends.descriptors import like
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
@@ -43,11 +45,12 @@ def emulated(monkeypatch):
         kernel = load_module(SOURCE, bugs, seed=seed)._hopper_fwd_kernel
         counter = torch.zeros(2, dtype=torch.int32)
 
-        def launch(_, grid, arguments, **options):
-            kernel[grid](**arguments, **options)
+        def launch(given, grid, arguments, **options):
+            runs = kernel if given.fn.__name__ == "_hopper_fwd_kernel" else given
+            runs[grid](**arguments, **options)
             assert not counter.any(), "the next launch would start in the middle"
 
-        monkeypatch.setattr(hopper, "launch", launch)
+        monkeypatch.setattr(launching, "launch", launch)
         monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
         monkeypatch.setattr(hopper, "_counter", lambda device: counter)
         monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
@@ -275,26 +278,30 @@ def test_reasons_against_it():
 def test_what_it_can_address(emulated):
     emulated()
 
-    def addresses(q, k, v, out, state, documents):
-        config = FORWARD[64]
-        return hopper.forward_arguments(config, (q, k, v), out, state, documents, True) is not None
+    def addresses(q, k, v, out, carry, documents):
+        tensors = tuple(map(like, (q, k, v, out)))
+        lse = torch.empty(out.shape[0], out.shape[2], out.shape[1])
+        start = hopper.forward_launch(
+            FORWARD[64], SCALE, tensors, lse.stride(), carry, documents, one_entry=True
+        )
+        return start is not None
 
     def tensor(batch=1, length=6, heads=4):
         return torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16)
 
     q, k = tensor(heads=8), tensor()
-    assert addresses(q, k, k, q, None, True) and addresses(q, k, k, q, None, False)
+    assert addresses(q, k, k, q, False, True) and addresses(q, k, k, q, False, False)
     packed = torch.zeros(1, 6, 3, 4, 64, dtype=torch.bfloat16)
-    assert addresses(*packed.unbind(2), packed[:, :, 0], None, True)
+    assert addresses(*packed.unbind(2), packed[:, :, 0], False, True)
     odd = torch.zeros(1, 6, 4, 66, dtype=torch.bfloat16)[..., :64]
-    assert not addresses(odd, k, k, q, None, False)
-    assert not addresses(q, k, odd, q, None, True)
+    assert not addresses(odd, k, k, q, False, False)
+    assert not addresses(q, k, odd, q, False, True)
     several = tensor(2)
-    assert not addresses(several, several, several, several, None, True)
+    assert not addresses(several, several, several, several, False, True)
     wide = torch.empty(0, dtype=torch.bfloat16).as_strided((2, 0, 4, 64), (1 << 31, 256, 64, 1))
-    assert not addresses(q, k, k, wide, None, False)
+    assert not addresses(q, k, k, wide, False, False)
     # The state is read as float32, and by TMA too.
-    assert addresses(q, k, k, q.float(), q.float(), False)
-    assert not addresses(q, k, k, q, q, False)
+    assert addresses(q, k, k, q.float(), True, False)
+    assert not addresses(q, k, k, q, True, False)
     crooked = torch.zeros(1, 6, 8, 66)[..., :64]
-    assert not addresses(q, k, k, crooked, crooked, False)
+    assert not addresses(q, k, k, crooked, True, False)

@@ -76,7 +76,14 @@ MAY_IMPORT = {
         "core.plan",
         "core.packed",
     ),
-    "core.ring": ("backends.base", "core.exchange", "core.plan", "core.packed", "core.attention"),
+    "core.ring": (
+        "backends.base",
+        "backends.missed",
+        "core.exchange",
+        "core.plan",
+        "core.packed",
+        "core.attention",
+    ),
     "core.gather": ("backends.base", "utils", "core.plan", "core.packed", "core.attention"),
     "core.function": (
         "core.ring",

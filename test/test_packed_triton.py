@@ -5,6 +5,7 @@ through host memory.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from packed_cases import PackedCase, packed_errors, packed_grid
 from ranks import run_ranks
 from ring_cases import TENSORS
 from ring_flash_attn.backends import hopper
+from ring_flash_attn.backends.missed import mark_in_one_pass
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.function import Call, run_backward, run_forward
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
@@ -159,6 +161,26 @@ def test_an_odd_length_that_nobody_checked_is_loud_in_zigzag(device):
         assert x[:, 18].isnan().all()
         x[:, 18] = 0
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [(7,), (12, 7, 20), (64, 1, 0, 129, 3), (2,) * 70])
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("units", [1, 2])
+def test_rows_that_no_document_covers_are_marked_and_no_others(device, lengths, start, units):
+    edges = [start, *(start + sum(lengths[: i + 1]) for i in range(len(lengths)))]
+    total = edges[-1] + 9  # rows of no document, which have tiles
+    cu = torch.tensor(edges, dtype=torch.int32, device=device)
+    plan = plan_packed(Attention(1.0), "zigzag" if units == 2 else "stripe", 2, 0)
+    rows = torch.zeros(1, total, 3, 24, dtype=torch.bfloat16, device=device)
+    lse = torch.zeros(1, 3, total, device=device)
+    mark_in_one_pass(on_device(plan, Documents(cu, cu, total, total)), rows, lse)
+    missed = [*range(start)]
+    missed += [end - 1 for begin, end in pairwise(edges) if units == 2 and (end - begin) % 2]
+    want = torch.zeros(total, dtype=torch.bool, device=device)
+    want[missed] = True
+    assert torch.equal(rows.isnan(), want[None, :, None, None].expand(rows.shape))
+    assert torch.equal(lse.isnan(), want[None, None].expand(lse.shape))
+    assert not rows.nan_to_num().any() and not lse.nan_to_num().any()
 
 
 @pytest.mark.gpu

@@ -49,7 +49,10 @@ class Event:
 
 
 class Driver:
-    """Stream memory operations, done at once."""
+    """Stream memory operations and copies, done at once."""
+
+    def copy(self, stream, target, source, size):
+        ctypes.memmove(target, source, size)
 
     def write(self, stream, address, value):
         ctypes.c_int32.from_address(address).value = value
@@ -94,6 +97,7 @@ def host(monkeypatch):
         "device": lambda device: nullcontext(),
         "current_stream": lambda device: Stream(),
         "synchronize": lambda device: None,
+        "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: False,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -1,4 +1,4 @@
-"""What the tensor memory accelerator (TMA) can address of a tensor."""
+"""What a launch depends on of a tensor, and what the TMA (tensor memory accelerator) can read."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -7,36 +7,30 @@ import torch
 from torch import Tensor
 
 
-class Address(NamedTuple):
-    """What the TMA is told of a tensor. It does not keep the memory alive."""
+class Like(NamedTuple):
+    """All that a launch depends on of a tensor, but for its address.
 
-    pointer: int
+    `aligned`: the address is a multiple of 16.
+    """
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-    def stride(self) -> tuple[int, ...]:
-        return self.strides
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
+    aligned: bool
 
 
-def address(x: Tensor) -> Address:
-    """Return where a tensor lies, by value."""
-    return Address(x.data_ptr(), x.dtype, x.shape, x.stride())
+def like(x: Tensor) -> Like:
+    """Return what a launch depends on of a tensor."""
+    return Like(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
 
 
 @lru_cache(maxsize=4096)
-def addressable(x: Address, cut: bool) -> bool:
-    """Return whether the TMA can address what lies there, see tma_shape and cut_shape."""
+def addressable(x: Like, cut: bool) -> bool:
+    """Return whether the TMA can address such tensors, see tma_shape and cut_shape."""
     return (cut_shape(x) if cut else tma_shape(x)) is not None
 
 
-def tma_shape(x: Tensor | Address) -> tuple[list[int], list[int]] | None:
+def tma_shape(x: Like) -> tuple[list[int], list[int]] | None:
     """Return shape and strides of x [B, L, H, D] as the TMA is to see it: [B, H, L, D].
 
     Four dimensions, so that rows past L are out of bounds and not the next batch's, and columns
@@ -47,20 +41,20 @@ def tma_shape(x: Tensor | Address) -> tuple[list[int], list[int]] | None:
         nothing broadcast.
     """
     batch, length, heads, head_dim = x.shape
-    at_batch, at_row, at_head, at_column = x.stride()
-    step = 16 // x.element_size()
+    at_batch, at_row, at_head, at_column = x.strides
+    step = 16 // x.dtype.itemsize
     # The stride of a single one is never taken.
     at_batch = at_batch if batch > 1 else step
     at_row = at_row if length > 1 else step
     at_head = at_head if heads > 1 else step
-    if at_column != 1 or x.data_ptr() % 16 or at_batch % step or at_row % step or at_head % step:
+    if at_column != 1 or not x.aligned or at_batch % step or at_row % step or at_head % step:
         return None
     if not (0 < at_batch < 1 << 38 and 0 < at_row < 1 << 38 and 0 < at_head < 1 << 38):
         return None
     return [batch, heads, length, head_dim], [at_batch, at_head, at_row, 1]
 
 
-def cut_shape(x: Tensor | Address) -> tuple[list[int], list[int]] | None:
+def cut_shape(x: Like) -> tuple[list[int], list[int]] | None:
     """Return shape and strides, [., ., rows, H, D], that let a load of x [1, L, H, D] end anywhere.
 
     Coordinates (2**30, end, 2**30 - end + row, head, 0) address `row`, and rows from `end` on are

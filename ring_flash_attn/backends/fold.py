@@ -27,7 +27,7 @@ def fold(
         result: [B, n, H, D], any dtype, the merged out; `out` itself if None.
     """
     result = out if result is None else result
-    if out.is_cuda and out.dtype == torch.float32 and _has_triton():
+    if out.is_cuda and out.dtype == torch.float32 and has_triton():
         fold_in_one_pass(out, lse, block_out, block_lse, result)
         return
     unseen = (block_lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
@@ -49,7 +49,7 @@ def put(state: Tensor | None, share: Tensor, result: Tensor, rows: Tensor | None
         rows: [n] bool, where share is read; 0 elsewhere. None: everywhere.
     """
     wide = result if state is None else state
-    if wide.is_cuda and wide.dtype != torch.float64 and _has_triton():
+    if wide.is_cuda and wide.dtype != torch.float64 and has_triton():
         put_in_one_pass(state, share, result, rows)
         return
     if rows is not None:
@@ -121,5 +121,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether the package triton is installed."""
     return find_spec("triton") is not None

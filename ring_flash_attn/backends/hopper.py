@@ -9,8 +9,10 @@ import triton
 from torch import Tensor
 
 from ..kernels.hopper.configs import ForwardConfig, forward_config
-from .descriptors import Address, address, cut_shape, tma_shape
-from .launch import launch
+from .descriptors import Like, cut_shape, tma_shape
+from .documents import Side
+from .launch import ADDRESS, Described, Launch, current_stream, strides
+from .work import heads
 
 # Gluon changes between versions. Others run the portable kernels, and do not import these.
 SUPPORTED = triton.__version__.startswith("3.6.")
@@ -48,43 +50,54 @@ def unsupported_part(arch: int, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def forward_arguments(
+@lru_cache(maxsize=1024)
+def forward_launch(
     config: ForwardConfig,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    state: Tensor | None,
+    softmax_scale: float,
+    tensors: tuple[Like, Like, Like, Like],
+    lse_strides: tuple[int, ...],
+    carry: bool,
     documents: bool,
     one_entry: bool,
-) -> dict[str, Any] | None:
-    """Return the arguments of _hopper_fwd_kernel that the portable forward does not take alike.
+) -> Launch | None:
+    """Return the launch of _hopper_fwd_kernel for tensors q, k, v, out like these.
 
     Args:
-        tensors: q [B, L, H, D], k, v [B, Lk, Hk, D].
-        out: [B, L, H, D], what is written. state: the same, if it is read too.
+        tensors: q [B, L, H, D], k, v [B, Lk, Hk, D], out [B, L, H, D].
+        lse_strides: of lse [B, H, L].
+        carry: whether out is read too. documents: whether the rows are packed documents.
+        one_entry: whether no tile meets more than one entry.
 
     Returns:
-        None if the kernel cannot address these tensors, which views of others may forbid.
+        None if the kernel cannot address such tensors, which views of others may be.
     """
-    if max(out.stride()) >= 1 << 31 or (state is not None and state.dtype != torch.float32):
+    q, k, v, out = tensors
+    if max(out.strides) >= 1 << 31 or (carry and out.dtype != torch.float32):
         return None
-    q, k, v = tensors
     width = block_d(q.shape[3])
     v_box = (1, 1, config.block_n, 1, width) if documents else (1, 1, config.block_n, width)
-    described = {
+    described: dict[str, Any] = {
         "q": describe(q, (1, 1, 64, width)),
         "k": describe(k, (1, 1, config.block_n, width)),
         "v": describe(v, v_box, cut=documents),
     }
-    if state is not None:
+    if carry:
         # As many bytes as a block of K or V, in whose room it goes.
-        described["state"] = describe(state, (1, 1, 64, width * config.block_n // 128))
+        described["state"] = describe(out, (1, 1, 64, width * config.block_n // 128))
     if None in described.values():
         return None
-    _, consumer, producer = config.registers
-    return {
+    at_launch, consumer, producer = config.registers
+    arguments = heads(softmax_scale, q, k, Side(False, config.block_m)) | {
         "state": None,
         **described,
-        "counter_ptr": _counter(q.device),
+        "out_ptr": ADDRESS,
+        "result_ptr": ADDRESS,
+        "lse_ptr": ADDRESS,
+        "counter_ptr": ADDRESS,
+        "out_strides": strides(out),
+        "lse_stride_batch": lse_strides[0],
+        "lse_stride_head": lse_strides[1],
+        "CARRY": carry,
         "BLOCK_D": width,
         "BLOCK_N": config.block_n,
         "DOCUMENTS": documents,
@@ -96,19 +109,14 @@ def forward_arguments(
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }
+    return Launch(_hopper_fwd_kernel, arguments, num_warps=4, maxnreg=at_launch)
 
 
-def launch_forward(config: ForwardConfig, arguments: dict[str, Any]) -> None:
-    """Launch _hopper_fwd_kernel on the current device and stream."""
-    items = arguments["n_tiles"] * arguments["n_heads"]
-    programs = min(items, _multiprocessors(arguments["lse_ptr"].device))
-    launch(
-        _hopper_fwd_kernel,
-        (programs, 1, 1),
-        arguments,
-        num_warps=4,
-        maxnreg=config.registers[0],
-    )
+def launch_forward(start: Launch, device: torch.device, given: dict[str, Any]) -> None:
+    """Launch what forward_launch returned: as many programs as run at a time, at most."""
+    given["counter_ptr"] = _counter(device)
+    items = given["n_tiles"] * start.arguments["n_heads"]
+    start(min(items, _multiprocessors(device)), given)
 
 
 def block_d(head_dim: int) -> int:
@@ -116,28 +124,21 @@ def block_d(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def describe(x: Tensor, box: tuple[int, ...], cut: bool = False) -> Any:
-    """Return a descriptor of x [B, L, H, D], None if the TMA cannot address it.
+def describe(x: Like, box: tuple[int, ...], cut: bool = False) -> Described | None:
+    """Say how a kernel reads tensors like x [B, L, H, D]; None if the TMA cannot address them.
 
     Args:
         box: of the descriptor's dimensions, see tma_shape and cut_shape.
         cut: as cut_shape, whose loads may end anywhere.
     """
-    if x.is_cuda:
-        return _described(address(x), box, cut)
     shape_and_strides = cut_shape(x) if cut else tma_shape(x)
     if shape_and_strides is None:
         return None
-    return TensorDescriptor(x, *shape_and_strides, list(box), _layout(x.dtype, box))
 
+    def make(base: Tensor) -> Any:
+        return TensorDescriptor(base, *shape_and_strides, list(box), _layout(base.dtype, box))
 
-@lru_cache(maxsize=4096)
-def _described(x: Address, box: tuple[int, ...], cut: bool) -> Any:
-    """Describe what lies at an address: to do it anew costs the host."""
-    shape_and_strides = cut_shape(x) if cut else tma_shape(x)
-    if shape_and_strides is None:
-        return None
-    return TensorDescriptor(x, *shape_and_strides, list(box), _layout(x.dtype, box))
+    return Described(make)
 
 
 @lru_cache(maxsize=64)
@@ -155,7 +156,7 @@ def _counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _stream_counter(device, torch.cuda.current_stream(device).cuda_stream)
+    return _stream_counter(device, current_stream(device.index))
 
 
 @cache

@@ -5,6 +5,7 @@ finished. Above it are two kernels, for dq and for dk and dv, like the portable 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
 from . import hopper
 from .base import GradTarget, Saved, Step
-from .descriptors import address, addressable
+from .descriptors import Like, addressable, like
 from .documents import Side
-from .launch import launch, strides, targets
-from .work import work
+from .launch import ADDRESS, Described, Launch, strides, targets
+from .work import heads, statistics, tables
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -72,7 +73,7 @@ def addresses(
         if dq.dtype != torch.float32:
             return False
         tensors.append(dq)
-    return all(addressable(address(x), documents) for x in tensors)
+    return all(addressable(like(x), documents) for x in tensors)
 
 
 class HopperStep(NamedTuple):
@@ -159,122 +160,182 @@ class HopperStep(NamedTuple):
 
     def launch_fused(self, config: BackwardConfig, dq: Tensor, target: GradTarget) -> None:
         """Add to dq, float32, and store or add dk and dv."""
-        rows, width = config.block_m, hopper.block_d(dq.shape[3])
-        boxes = {"q": (rows, width), "k": (64, width), "v": (64, width), "dout": (rows, width)}
-        arguments = self._work(self.keys, with_dq=True) | self._statistics() | _gradients(target)
-        arguments |= {name: self._describe(self.sources[name], boxes[name]) for name in boxes}
-        arguments |= {
-            "dq": self._describe(dq, (64, width // 2 if rows == 64 else width)),
-            "rotate": int(config.rotate and self._full()),
-            "BLOCK_D": width,
-            "BLOCK_M": rows,
-            "DOCUMENTS": self.documents,
-            "Q_STAGES": config.q_stages,
-            "DOUT_STAGES": config.dout_stages,
-            "DS_STAGES": config.ds_stages,
-            "DQ_STAGES": config.dq_stages,
-            "EARLY": config.early,
-            "OTHER_REGISTERS": config.registers[2],
-        }
-        _launch(_hopper_bwd_kernel, config, arguments)
+        rotate = config.rotate and self._full()
+        start = _fused_launch(config, self._inputs(), like(dq), *_likes(target), rotate)
+        self._launch(start, self.keys, {"dq": dq, "dk_ptr": target.dk, "dv_ptr": target.dv})
 
     def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
         """Store or add dq, in the result where it is finished."""
-        arguments = self._work(self.queries) | self._statistics() | self._wide_sources()
-        arguments |= {
-            "dq_ptr": dq,
-            "result_ptr": result,
-            "dq_strides": _strides_of_batches(dq),
-            "ADD": not self.step_plan.first,
-            "STAGES": config.stages,
-            "PRODUCER_REGISTERS": config.registers[2],
-        }
-        _launch(_hopper_dq_kernel, config, arguments)
+        start = _wide_dq_launch(config, self._inputs(), like(dq), not self.step_plan.first)
+        self._launch(start, self.queries, {"dq_ptr": dq, "result_ptr": result})
 
     def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
         """Store or add dk and dv."""
-        arguments = self._work(self.keys) | self._statistics() | self._wide_sources()
-        arguments |= _gradients(target) | {"PRODUCER_REGISTERS": config.registers[2]}
-        _launch(_hopper_dkv_kernel, config, arguments)
+        start = _wide_dkv_launch(config, self._inputs(), *_likes(target))
+        self._launch(start, self.keys, {"dk_ptr": target.dk, "dv_ptr": target.dv})
 
-    def _wide_sources(self) -> dict[str, Any]:
-        """Return what both wide kernels are told of q, k, v and dout."""
-        width = hopper.block_d(self.sources["q"].shape[3])
-        described = {name: self._describe(x, (64, width)) for name, x in self.sources.items()}
-        return described | {"BLOCK_D": width, "DOCUMENTS": self.documents}
+    def _inputs(self) -> "_Inputs":
+        """Return what every launch depends on."""
+        delta = self.saved.delta
+        assert delta is not None, "saved comes from another backend's prepare_backward"
+        return _Inputs(
+            like(self.sources["q"]),
+            like(self.sources["k"]),
+            like(self.sources["v"]),
+            like(self.sources["dout"]),
+            self.saved.lse.stride(),
+            delta.stride(),
+            self.attention.softmax_scale,
+            self.documents,
+        )
 
-    def _statistics(self) -> dict[str, Any]:
-        """Return what every kernel is told of lse and delta."""
-        lse, delta = self.saved.lse, self.saved.delta
-        assert delta is not None
-        return {
-            "lse_ptr": lse,
-            "delta_ptr": delta,
-            "lse_stride_batch": lse.stride(0),
-            "lse_stride_head": lse.stride(1),
-            "delta_stride_batch": delta.stride(0),
-            "delta_stride_head": delta.stride(1),
-        }
+    def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
+        """Launch one program for each of a side's tiles and each head."""
+        given |= self.sources | {"lse_ptr": self.saved.lse, "delta_ptr": self.saved.delta}
+        given |= tables(self.step_plan, side, self.sides, self.saved.lse.device)
+        start(given["n_tiles"] * start.arguments["n_heads"], given)
 
-    def _describe(self, x: Tensor, box: tuple[int, int]) -> Any:
-        """Return a descriptor of x with boxes of so many rows and columns."""
-        rows, columns = box
+    def _move(self, source: Tensor, target: Tensor, side: Side, **constants: bool) -> None:
+        """Store source, or with ADD add it, to the target in the rows of a side's tiles."""
+        q, k = like(self.sources["q"]), like(self.sources["k"])
+        start = _rows_launch(q, k, side, like(source), like(target), **constants)
+        self._launch(start, side, {"source_ptr": source, "target_ptr": target})
+
+
+class _Inputs(NamedTuple):
+    """What every launch of a step depends on: inputs [B, L, H, D], strides of [B, H, L]."""
+
+    q: Like
+    k: Like
+    v: Like
+    dout: Like
+    lse_strides: tuple[int, ...]
+    delta_strides: tuple[int, ...]
+    softmax_scale: float
+    documents: bool
+
+    def arguments(self, side: Side, with_dq: bool = False) -> dict[str, Any]:
+        """Return the arguments that every kernel takes, `side` as in work.heads."""
+        shared = heads(self.softmax_scale, self.q, self.k, side, with_dq)
+        shared |= statistics(self.lse_strides, self.delta_strides)
+        return shared | {"BLOCK_D": self.width, "DOCUMENTS": self.documents}
+
+    @property
+    def width(self) -> int:
+        """Columns of the kernels' tiles."""
+        return hopper.block_d(self.q.shape[3])
+
+    def described(self, q_rows: int) -> dict[str, Described]:
+        """Return how the inputs are read: so many rows of q and dout at a time, 64 of k and v."""
+        rows = {"q": q_rows, "k": 64, "v": 64, "dout": q_rows}
+        return {name: self.describe(getattr(self, name), n, self.width) for name, n in rows.items()}
+
+    def describe(self, x: Like, rows: int, columns: int) -> Described:
+        """Return how boxes of so many rows and columns of x are read."""
         shape = (1, 1, rows, 1, columns) if self.documents else (1, 1, rows, columns)
         described = hopper.describe(x, shape, cut=self.documents)
         assert described is not None, "addresses() has refused this"
         return described
 
-    def _move(self, source: Tensor, target: Tensor, side: Side, **constants: bool) -> None:
-        """Store source, or with ADD add it, to the target in the rows of a side's tiles."""
-        names = "tiles_ptr", "n_tiles", "n_heads", "heads_in_flight", "heads", "HEAD_DIM"
-        all_arguments = self._work(side)
-        arguments = {name: all_arguments[name] for name in names} | {
-            "source_ptr": source,
-            "target_ptr": target,
-            "source_strides": strides(source),
-            "target_strides": strides(target),
-            "BLOCK": _ROWS,
-            "BLOCK_D": block_d(source.shape[3]),
-            "ADD": False,
-            "FINISHED": False,
-        }
-        grid = arguments["n_tiles"] * arguments["n_heads"], 1, 1
-        launch(_rows_kernel, grid, arguments | constants)
 
-    def _work(self, side: Side, with_dq: bool = False) -> dict[str, Any]:
-        q, k = self.sources["q"], self.sources["k"]
-        return work(self.attention, self.step_plan, q, k, side, self.sides, with_dq)
+@lru_cache(maxsize=1024)
+def _fused_launch(
+    config: BackwardConfig, inputs: _Inputs, dq: Like, dk: Like, dv: Like, add: bool, rotate: bool
+) -> Launch:
+    """Return the launch of _hopper_bwd_kernel."""
+    rows, width = config.block_m, inputs.width
+    arguments = inputs.arguments(Side(True, config.key_rows), with_dq=True)
+    arguments |= inputs.described(rows) | _gradients(dk, dv, add)
+    arguments |= {
+        "dq": inputs.describe(dq, 64, width // 2 if rows == 64 else width),
+        "rotate": int(rotate),
+        "BLOCK_M": rows,
+        "Q_STAGES": config.q_stages,
+        "DOUT_STAGES": config.dout_stages,
+        "DS_STAGES": config.ds_stages,
+        "DQ_STAGES": config.dq_stages,
+        "EARLY": config.early,
+        "OTHER_REGISTERS": config.registers[2],
+    }
+    return _with_registers(_hopper_bwd_kernel, config, arguments)
 
 
-def _launch(kernel: Any, config: BackwardConfig | WideConfig, arguments: dict[str, Any]) -> None:
-    """Launch one program a tile and head."""
+@lru_cache(maxsize=1024)
+def _wide_dq_launch(config: WideConfig, inputs: _Inputs, dq: Like, add: bool) -> Launch:
+    """Return the launch of _hopper_dq_kernel."""
+    arguments = inputs.arguments(Side(False, config.query_rows)) | inputs.described(64)
+    arguments |= {
+        "dq_ptr": ADDRESS,
+        "result_ptr": ADDRESS,
+        "dq_strides": _strides_of_batches(dq),
+        "ADD": add,
+        "STAGES": config.stages,
+        "PRODUCER_REGISTERS": config.registers[2],
+    }
+    return _with_registers(_hopper_dq_kernel, config, arguments)
+
+
+@lru_cache(maxsize=1024)
+def _wide_dkv_launch(config: WideConfig, inputs: _Inputs, dk: Like, dv: Like, add: bool) -> Launch:
+    """Return the launch of _hopper_dkv_kernel."""
+    arguments = inputs.arguments(Side(True, config.key_rows)) | inputs.described(64)
+    arguments |= _gradients(dk, dv, add) | {"PRODUCER_REGISTERS": config.registers[2]}
+    return _with_registers(_hopper_dkv_kernel, config, arguments)
+
+
+@lru_cache(maxsize=1024)
+def _rows_launch(
+    q: Like, k: Like, side: Side, source: Like, target: Like, ADD=False, FINISHED=False
+) -> Launch:
+    """Return the launch of _rows_kernel on a side's tiles."""
+    all_arguments = heads(1.0, q, k, side)
+    names = "tiles_ptr", "n_tiles", "n_heads", "heads_in_flight", "heads", "HEAD_DIM"
+    arguments = {name: all_arguments[name] for name in names} | {
+        "source_ptr": ADDRESS,
+        "target_ptr": ADDRESS,
+        "source_strides": strides(source),
+        "target_strides": strides(target),
+        "BLOCK": _ROWS,
+        "BLOCK_D": block_d(source.shape[3]),
+        "ADD": ADD,
+        "FINISHED": FINISHED,
+    }
+    return Launch(_rows_kernel, arguments)
+
+
+def _with_registers(
+    kernel: Any, config: BackwardConfig | WideConfig, arguments: dict[str, Any]
+) -> Launch:
     at_launch, consumer, _ = config.registers
-    grid = arguments["n_tiles"] * arguments["n_heads"], 1, 1
     arguments["CONSUMER_REGISTERS"] = consumer
-    hopper.launch(kernel, grid, arguments, num_warps=4, maxnreg=at_launch)
+    return Launch(kernel, arguments, num_warps=4, maxnreg=at_launch)
 
 
-def _gradients(target: GradTarget) -> dict[str, Any]:
+def _gradients(dk: Like, dv: Like, add: bool) -> dict[str, Any]:
     """Return what a kernel is told of dk and dv."""
     return {
-        "dk_ptr": target.dk,
-        "dv_ptr": target.dv,
-        "dk_strides": _strides_of_batches(target.dk),
-        "dv_strides": _strides_of_batches(target.dv),
-        "ADD": target.add,
+        "dk_ptr": ADDRESS,
+        "dv_ptr": ADDRESS,
+        "dk_strides": _strides_of_batches(dk),
+        "dv_strides": _strides_of_batches(dv),
+        "ADD": add,
     }
+
+
+def _likes(target: GradTarget) -> tuple[Like, Like, bool]:
+    return like(target.dk), like(target.dv), target.add
 
 
 def _float32_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _strides_of_batches(x: Tensor) -> tuple[int, int, int]:
+def _strides_of_batches(x: Like) -> tuple[int, int, int]:
     """Return the strides of a gradient as the kernels multiply them: below 2**31.
 
     That of a single batch is never taken.
     """
     batch, head, row = strides(x)
     batch = batch if x.shape[0] > 1 else 0
-    assert max(batch, head, row) < 1 << 31, f"a stride of {tuple(x.stride())} is too wide"
+    assert max(batch, head, row) < 1 << 31, f"a stride of {x.strides} is too wide"
     return batch, head, row

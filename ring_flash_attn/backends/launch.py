@@ -1,30 +1,196 @@
-"""Launch a Triton kernel without binding its arguments anew every time.
+"""Launch a Triton kernel again and again without binding its arguments anew.
 
-Triton's own launch looks at each argument to find the compiled kernel, 100 us and more for the
-forty that the attention kernels take. What decides here is a key of the few things that can differ
-between two calls with the same constants.
+Triton's own launch looks at each of an attention kernel's forty arguments, 100 us and more, and
+encodes a descriptor of each tensor that the TMA reads. A `Launch` does that once, for tensors of
+given shapes, strides and dtypes. After that it puts addresses and numbers into a list.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from ..kernels.tile import INTERPRETED
+from .descriptors import Like
 
 # Versions whose compiled kernels take their arguments as this file passes them.
 _KNOWN = triton.__version__.startswith("3.6.")
 # (kernel, device, options, what each argument was specialised on) -> the compiled kernel.
 _compiled: dict[tuple, Any] = {}
+_KEPT_MAPS = 1024  # addresses whose descriptors a launch keeps for each tensor
+
+
+class _Given(NamedTuple):
+    """Stands for an argument that every launch gives."""
+
+    kind: str
+
+
+ADDRESS = _Given("tensor")
+NUMBER = _Given("int")  # among the kernel's do_not_specialize, below 2**31
+
+
+class Described(NamedTuple):
+    """Stands for a tensor that every launch gives, and that the kernel reads by descriptor.
+
+    `make`: returns the descriptor of a tensor of the shape and strides that the launch is for.
+    """
+
+    make: Callable[[Tensor], Any]
+
+
+class Launch:
+    """A kernel with all of its arguments but those that every launch gives.
+
+    Args:
+        kernel: of Triton or Gluon.
+        arguments: every parameter by name, constants included, or what stands for it: ADDRESS,
+            NUMBER or a Described. Other ints that are no constants and not in a tuple must be among
+            the kernel's do_not_specialize.
+        options: Triton's, as num_warps.
+    """
+
+    def __init__(self, kernel: Any, arguments: dict[str, Any], **options: int) -> None:
+        self.arguments = arguments
+        self._kernel, self._options = kernel, options
+        self._addresses = [name for name, x in arguments.items() if x is ADDRESS]
+        self._numbers = [name for name, x in arguments.items() if x is NUMBER]
+        self._described = [name for name, x in arguments.items() if isinstance(x, Described)]
+        self._direct: dict[tuple, _Direct | None] = {}
+
+    def __call__(self, programs: int, given: dict[str, Any]) -> None:
+        """Launch so many programs on the current device and stream.
+
+        Args:
+            given: tensors and ints by the kernel's parameters. Names that are none are ignored.
+        """
+        if INTERPRETED.value:
+            self._bind(programs, given)
+            return
+        device = torch.cuda.current_device()
+        pointers = [given[name].data_ptr() for name in self._addresses]
+        # Triton compiles anew for addresses that are not multiples of 16.
+        key = device, *[pointer % 16 == 0 for pointer in pointers]
+        direct = self._direct.get(key)
+        if direct is not None and _unwatched():
+            numbers = [given[name] for name in self._numbers]
+            tensors = [given[name] for name in self._described]
+            direct(device, programs, pointers + numbers, tensors)
+            return
+        compiled = self._bind(programs, given)
+        if key not in self._direct:
+            self._direct[key] = self._lay_out(compiled, given)
+
+    def _bind(self, programs: int, given: dict[str, Any]) -> Any:
+        """Launch with every argument by name; return the compiled kernel if there is one."""
+        arguments = self.arguments.copy()
+        for name in (*self._addresses, *self._numbers):
+            arguments[name] = given[name]
+        for name in self._described:
+            arguments[name] = arguments[name].make(given[name])
+        return launch(self._kernel, (programs, 1, 1), arguments, **self._options)
+
+    def _lay_out(self, compiled: Any, given: dict[str, Any]) -> "_Direct | None":
+        """Return how to launch without Triton's checks, None where its launcher is another one."""
+        start = _c_launcher(compiled) if _KNOWN else None
+        metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+        if start is None or len(metas) != len(self._described):
+            return None
+        maps = {
+            name: _Maps(self.arguments[name].make, meta)
+            for name, meta in zip(self._described_in_order(), metas, strict=True)
+        }
+        flat: list[Any] = []
+        places: dict[str, int] = {}
+        for name in self._kernel.arg_names:
+            places[name] = len(flat)
+            flat += maps[name].flat(given[name]) if name in maps else [self.arguments[name]]
+        return _Direct(
+            compiled,
+            start,
+            flat,
+            [places[name] for name in (*self._addresses, *self._numbers)],
+            [(places[name], maps[name]) for name in self._described],
+        )
+
+    def _described_in_order(self) -> list[str]:
+        """Return the parameters that are descriptors, in the kernel's order."""
+        return [name for name in self._kernel.arg_names if name in self._described]
+
+
+class _Maps:
+    """The TMA's descriptors (CUtensorMap) of tensors of one shape, by address."""
+
+    def __init__(self, make: Callable[[Tensor], Any], meta: dict[str, Any]) -> None:
+        self._make, self._meta = make, meta
+        self._kept: dict[int, Any] = {}
+
+    def flat(self, x: Tensor) -> list[Any]:
+        """Return what stands for x in the C launcher's arguments: map, then shape and strides."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        return make_tensordesc_arg(self._make(x), self._meta)
+
+    def of(self, x: Tensor) -> Any:
+        address = x.data_ptr()
+        if address not in self._kept:
+            if len(self._kept) == _KEPT_MAPS:
+                self._kept.clear()
+            self._kept[address] = self.flat(x)[0]
+        return self._kept[address]
+
+
+class _Direct:
+    """A compiled kernel's C launcher with its arguments laid out as it takes them.
+
+    Args:
+        start: the launcher. flat: its arguments, what stands at the places below is overwritten.
+        places: of the addresses and then the numbers. maps: place and descriptors of each tensor.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        start: Callable,
+        flat: list[Any],
+        places: list[int],
+        maps: list[tuple[int, _Maps]],
+    ) -> None:
+        self._start, self._flat, self._places, self._maps = start, flat, places, maps
+        run = compiled.run
+        # No scratch memory, no metadata for hooks, no hooks.
+        self._head = (
+            compiled.function,
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,
+            None,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+        )
+
+    def __call__(
+        self, device: int, programs: int, values: list[int], tensors: list[Tensor]
+    ) -> None:
+        arguments = self._flat.copy()
+        for place, value in zip(self._places, values, strict=True):
+            arguments[place] = value
+        for (place, maps), tensor in zip(self._maps, tensors, strict=True):
+            arguments[place] = maps.of(tensor)
+        self._start(programs, 1, 1, current_stream(device), *self._head, *arguments)
 
 
 def launch(
     kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], **options: int
-) -> None:
-    """Launch `kernel` on the current device and stream.
+) -> Any:
+    """Launch `kernel` on the current device and stream; return the compiled kernel.
 
     Args:
         arguments: every parameter of the kernel by name, constants included. Ints that are not
@@ -32,8 +198,7 @@ def launch(
         options: Triton's, as num_warps.
     """
     if INTERPRETED.value or not _KNOWN:
-        kernel[grid](**arguments, **options)
-        return
+        return kernel[grid](**arguments, **options)
     constants, others = _names(kernel)
     key = (
         kernel,
@@ -47,15 +212,16 @@ def launch(
         for name in others:
             plain = isinstance(arguments[name], int)
             assert not plain or name in kernel.do_not_specialize, f"{name} would be compiled in"
-        _compiled[key] = kernel[grid](**arguments, **options)
+        _compiled[key] = compiled = kernel[grid](**arguments, **options)
     else:
         compiled[grid](*[arguments[name] for name in kernel.arg_names])
+    return compiled
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Like) -> tuple[int, int, int]:
     """Return the strides of x [B, L, H, D] in the kernels' order: batch, head, row."""
-    assert x.stride(3) == 1, f"rows must be contiguous, got strides {x.stride()}"
-    return x.stride(0), x.stride(2), x.stride(1)
+    assert x.strides[3] == 1, f"rows must be contiguous, got strides {x.strides}"
+    return x.strides[0], x.strides[2], x.strides[1]
 
 
 def targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,7 +234,34 @@ def targets(state: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor
 
 def on(device: torch.device) -> AbstractContextManager:
     """Make `device` current: Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def current_stream(device: int) -> int:
+    """Return the handle of a device's current stream, without a torch.cuda.Stream around it."""
+    driver: Any = triton.runtime.driver.active
+    return driver.get_current_stream(device)
+
+
+def _c_launcher(compiled: Any) -> Callable | None:
+    """Return the C function that starts a compiled kernel, None where there is more to do first."""
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    # Around it lies a Python function that encodes the descriptors, if the kernel takes any.
+    code = getattr(run.launch, "__code__", None)
+    if code is None:
+        return run.launch
+    held = dict(zip(code.co_freevars, run.launch.__closure__ or (), strict=True))
+    return held["launcher"].cell_contents if "launcher" in held else None
+
+
+def _unwatched() -> bool:
+    """Return whether nobody wants to be told of launches, as Triton's profiler does."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return not any(hook is not None and hook.calls for hook in hooks)
 
 
 @cache

@@ -25,10 +25,10 @@ from ..kernels.hopper.configs import (
 from ..kernels.tile import INTERPRETED
 from . import hopper, hopper_backward
 from .base import GradTarget, Saved, Step
-from .descriptors import tma_shape
+from .descriptors import Like, like, tma_shape
 from .documents import Side
-from .launch import launch, on, strides, targets
-from .work import one_entry, work
+from .launch import ADDRESS, Described, Launch, on, strides, targets
+from .work import heads, one_entry, statistics, tables
 
 DELTA_ROWS = 64
 
@@ -93,30 +93,35 @@ class TritonBackend:
         out, result = targets(out, result)
         if not step_plan.sees:
             return
-        outputs = {
-            "out_ptr": out,
-            "result_ptr": result,
-            "lse_ptr": lse,
-            "out_strides": strides(out),
-            "lse_stride_batch": lse.stride(0),
-            "lse_stride_head": lse.stride(1),
-            "CARRY": not step_plan.first,
-        }
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         documents = isinstance(step_plan, DocumentsStep)
         choices = self._choices(attention, q, documents)
-        config = choices.hopper_forward
-        special = None
-        if config is not None:
-            state, side = None if step_plan.first else out, Side(False, config.block_m)
-            one = one_entry(step_plan, side)
-            special = hopper.forward_arguments(config, (q, k, v), out, state, documents, one)
-        if config is None or special is None:
-            sources = {"q": q, "k": k, "v": v}
-            self._launch(_fwd_kernel, "forward", attention, step_plan, sources, **outputs)
-            return
-        outputs |= work(attention, step_plan, q, k, side, choices.sides) | special
+        given = {"q": q, "k": k, "v": v, "state": out, "out_ptr": out, "result_ptr": result}
+        given["lse_ptr"] = lse
+        tensors, carry = (like(q), like(k), like(v), like(out)), not step_plan.first
         with on(q.device):
-            hopper.launch_forward(config, outputs)
+            config = choices.hopper_forward
+            if config is not None:
+                side = Side(False, config.block_m)
+                start = hopper.forward_launch(
+                    config,
+                    attention.softmax_scale,
+                    tensors,
+                    lse.stride(),
+                    carry,
+                    documents,
+                    one_entry(step_plan, side),
+                )
+                if start is not None:
+                    given |= tables(step_plan, side, choices.sides, q.device)
+                    hopper.launch_forward(start, q.device, given)
+                    return
+            config = choices.configs["forward"]
+            start = _forward_launch(
+                config, attention.softmax_scale, tensors, lse.stride(), carry, documents
+            )
+            given |= tables(step_plan, _side("forward", config), choices.sides, q.device)
+            _launch(start, given)
 
     def prepare_backward(
         self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
@@ -124,24 +129,12 @@ class TritonBackend:
         """As Backend.prepare_backward, with delta [B, H, L] float32 from a kernel."""
         dout, out = _unit_stride(dout), _unit_stride(out)
         dlse = None if dlse is None else dlse.contiguous()
-        batch, length, heads, head_dim = out.shape
+        batch, length, heads, _ = out.shape
         delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
-        arguments = {
-            "out_ptr": out,
-            "dout_ptr": dout,
-            "dlse_ptr": dlse,
-            "delta_ptr": delta,
-            "out_strides": strides(out),
-            "dout_strides": strides(dout),
-            "length": length,
-            "heads": heads,
-            "HEAD_DIM": head_dim,
-            "BLOCK_M": DELTA_ROWS,
-            "BLOCK_D": configs.block_d(head_dim),
-            "HAS_DLSE": dlse is not None,
-        }
+        start = _delta_launch(like(out), like(dout), dlse is not None)
+        given = {"out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "delta_ptr": delta}
         with on(out.device):
-            launch(_delta_kernel, (-(-length // DELTA_ROWS) * batch * heads, 1, 1), arguments)
+            start(-(-length // DELTA_ROWS) * batch * heads, given)
         return Saved(dout, out, _unit_stride(lse), dlse, delta)
 
     def backward(
@@ -160,88 +153,33 @@ class TritonBackend:
         if not step_plan.sees:
             return
         assert saved.delta is not None, "saved comes from another backend's prepare_backward"
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         documents = isinstance(step_plan, DocumentsStep)
         choices = self._choices(attention, q, documents)
-        config = choices.hopper_backward
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
-        if config is not None and hopper_backward.addresses(config, sources, dq, documents):
-            step = hopper_backward.HopperStep(
-                config, attention, step_plan, saved, sources, choices.queries, choices.sides
-            )
-            with on(q.device):
-                step.run(dq, result, dkv_target)
-            return
-        dq, result = targets(dq, result)
-        statistics = {
-            "lse_ptr": saved.lse,
-            "delta_ptr": saved.delta,
-            "lse_stride_batch": saved.lse.stride(0),
-            "lse_stride_head": saved.lse.stride(1),
-            "delta_stride_batch": saved.delta.stride(0),
-            "delta_stride_head": saved.delta.stride(1),
-        }
-        self._launch(
-            _bwd_kernel_dq,
-            "dq",
-            attention,
-            step_plan,
-            sources,
-            **statistics,
-            dq_ptr=dq,
-            result_ptr=result,
-            dq_strides=strides(dq),
-            ADD=not step_plan.first,
-        )
-        target = dkv_target()
-        self._launch(
-            _bwd_kernel_dkv,
-            "dkv",
-            attention,
-            step_plan,
-            sources,
-            **statistics,
-            dk_ptr=target.dk,
-            dv_ptr=target.dv,
-            dk_strides=strides(target.dk),
-            dv_strides=strides(target.dv),
-            ADD=target.add,
-        )
-
-    def _launch(
-        self,
-        kernel: Any,
-        pass_: str,
-        attention: Attention,
-        step_plan: Step,
-        sources: dict[str, Tensor],
-        **arguments: Any,
-    ) -> None:
-        """Launch `kernel` on every tile and head of the side that it writes.
-
-        Args:
-            sources: what it reads tile by tile: q, k, v, backward also dout.
-            arguments: what only this kernel takes.
-        """
-        if not step_plan.sees:
-            return
-        q, k = sources["q"], sources["k"]
-        documents = isinstance(step_plan, DocumentsStep)
-        choices = self._choices(attention, q, documents)
-        config = choices.configs[pass_]
-        arguments |= work(attention, step_plan, q, k, _side(pass_, config), choices.sides)
-        if pass_ == "dkv":
-            arguments["COPIES"] = config.copies
-        arguments |= _source_arguments(config, sources)
-        arguments |= {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": configs.block_d(q.shape[3]),
-            "DOCUMENTS": documents,
-        }
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        programs = arguments["n_tiles"] * arguments["n_heads"]
+        config = choices.hopper_backward
         with on(q.device):
-            launch(kernel, (programs, 1, 1), arguments, **options)
+            if config is not None and hopper_backward.addresses(config, sources, dq, documents):
+                step = hopper_backward.HopperStep(
+                    config, attention, step_plan, saved, sources, choices.queries, choices.sides
+                )
+                step.run(dq, result, dkv_target)
+                return
+            dq, result = targets(dq, result)
+            tensors = tuple(like(x) for x in sources.values())
+            shared = attention.softmax_scale, tensors, saved.lse.stride(), saved.delta.stride()
+            given = sources | {"lse_ptr": saved.lse, "delta_ptr": saved.delta}
+            config = choices.configs["dq"]
+            start = _dq_launch(config, *shared, like(dq), not step_plan.first, documents)
+            given |= {"dq_ptr": dq, "result_ptr": result}
+            _launch(start, given | tables(step_plan, _side("dq", config), choices.sides, q.device))
+            target = dkv_target()
+            config = choices.configs["dkv"]
+            start = _dkv_launch(
+                config, *shared, like(target.dk), like(target.dv), target.add, documents
+            )
+            given |= {"dk_ptr": target.dk, "dv_ptr": target.dv}
+            _launch(start, given | tables(step_plan, _side("dkv", config), choices.sides, q.device))
 
     def _choices(self, attention: Attention, q: Tensor, documents: bool) -> "_Choices":
         return _choices(
@@ -310,32 +248,162 @@ def _side(pass_: str, config: configs.LaunchConfig) -> Side:
     return Side(True, config.block_n) if pass_ == "dkv" else Side(False, config.block_m)
 
 
-def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Tensor]) -> dict[str, Any]:
+def _launch(start: Launch, given: dict[str, Any]) -> None:
+    """Launch one program a tile and head."""
+    start(given["n_tiles"] * start.arguments["n_heads"], given)
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    config: configs.LaunchConfig,
+    softmax_scale: float,
+    tensors: tuple[Like, Like, Like, Like],
+    lse_strides: tuple[int, ...],
+    carry: bool,
+    documents: bool,
+) -> Launch:
+    """Return the launch of _fwd_kernel for tensors q, k, v, out like these, as hopper's."""
+    q, k, v, out = tensors
+    outputs = {
+        "out_ptr": ADDRESS,
+        "result_ptr": ADDRESS,
+        "lse_ptr": ADDRESS,
+        "out_strides": strides(out),
+        "lse_stride_batch": lse_strides[0],
+        "lse_stride_head": lse_strides[1],
+        "CARRY": carry,
+    }
+    sources = {"q": q, "k": k, "v": v}
+    return _portable(_fwd_kernel, "forward", config, softmax_scale, sources, outputs, documents)
+
+
+@lru_cache(maxsize=1024)
+def _dq_launch(
+    config: configs.LaunchConfig,
+    softmax_scale: float,
+    tensors: tuple[Like, Like, Like, Like],
+    lse_strides: tuple[int, ...],
+    delta_strides: tuple[int, ...],
+    dq: Like,
+    add: bool,
+    documents: bool,
+) -> Launch:
+    """Return the launch of _bwd_kernel_dq for q, k, v, dout and dq like these."""
+    outputs = statistics(lse_strides, delta_strides) | {
+        "dq_ptr": ADDRESS,
+        "result_ptr": ADDRESS,
+        "dq_strides": strides(dq),
+        "ADD": add,
+    }
+    return _portable(
+        _bwd_kernel_dq, "dq", config, softmax_scale, _named(tensors), outputs, documents
+    )
+
+
+@lru_cache(maxsize=1024)
+def _dkv_launch(
+    config: configs.LaunchConfig,
+    softmax_scale: float,
+    tensors: tuple[Like, Like, Like, Like],
+    lse_strides: tuple[int, ...],
+    delta_strides: tuple[int, ...],
+    dk: Like,
+    dv: Like,
+    add: bool,
+    documents: bool,
+) -> Launch:
+    """Return the launch of _bwd_kernel_dkv for q, k, v, dout and dk, dv like these."""
+    outputs = statistics(lse_strides, delta_strides) | {
+        "dk_ptr": ADDRESS,
+        "dv_ptr": ADDRESS,
+        "dk_strides": strides(dk),
+        "dv_strides": strides(dv),
+        "ADD": add,
+        "COPIES": config.copies,
+    }
+    return _portable(
+        _bwd_kernel_dkv, "dkv", config, softmax_scale, _named(tensors), outputs, documents
+    )
+
+
+def _named(tensors: tuple[Like, Like, Like, Like]) -> dict[str, Like]:
+    return dict(zip(("q", "k", "v", "dout"), tensors, strict=True))
+
+
+def _portable(
+    kernel: Any,
+    pass_: str,
+    config: configs.LaunchConfig,
+    softmax_scale: float,
+    sources: dict[str, Like],
+    outputs: dict[str, Any],
+    documents: bool,
+) -> Launch:
+    """Return the launch of a kernel on every tile and head of the side that it writes.
+
+    Args:
+        sources: what it reads tile by tile: q, k, v, backward also dout.
+        outputs: arguments that only this kernel takes.
+    """
+    q, k = sources["q"], sources["k"]
+    arguments = heads(softmax_scale, q, k, _side(pass_, config)) | outputs
+    arguments |= _source_arguments(config, sources)
+    arguments |= {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": configs.block_d(q.shape[3]),
+        "DOCUMENTS": documents,
+    }
+    return Launch(kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@lru_cache(maxsize=256)
+def _delta_launch(out: Like, dout: Like, has_dlse: bool) -> Launch:
+    """Return the launch of _delta_kernel for out and dout [B, L, H, D] like these."""
+    _, length, heads, head_dim = out.shape
+    arguments = {
+        "out_ptr": ADDRESS,
+        "dout_ptr": ADDRESS,
+        "dlse_ptr": ADDRESS if has_dlse else None,
+        "delta_ptr": ADDRESS,
+        "out_strides": strides(out),
+        "dout_strides": strides(dout),
+        "length": length,
+        "heads": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": DELTA_ROWS,
+        "BLOCK_D": configs.block_d(head_dim),
+        "HAS_DLSE": has_dlse,
+    }
+    return Launch(_delta_kernel, arguments)
+
+
+def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Like]) -> dict[str, Any]:
     """Return the arguments for tensors that are read: all by descriptor or all by pointer."""
-    sources = {name: _unit_stride(x) for name, x in sources.items()}
     described = _descriptors(config, sources) if config.tma else None
     arguments: dict[str, Any] = {"TMA": described is not None}
     for name, x in sources.items():
-        arguments[name] = x if described is None else described[name]
+        arguments[name] = ADDRESS if described is None else described[name]
         # A descriptor holds the strides itself; constant ones keep the kernel from recompiling.
         arguments[f"{name}_strides"] = strides(x) if described is None else (0, 0, 0)
     return arguments
 
 
 def _descriptors(
-    config: configs.LaunchConfig, sources: dict[str, Tensor]
-) -> dict[str, TensorDescriptor] | None:
+    config: configs.LaunchConfig, sources: dict[str, Like]
+) -> dict[str, Described] | None:
     """Return a descriptor of each tensor, None if the TMA cannot address one of them."""
     described = {}
     for name, x in sources.items():
         rows = config.block_n if name in ("k", "v") else config.block_m
-        described[name] = descriptor = _descriptor(x, rows)
+        descriptor = _descriptor(x, rows)
         if descriptor is None:
             return None
+        described[name] = descriptor
     return described
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+def _descriptor(x: Like, rows: int) -> Described | None:
     """Describe x [B, L, H, D] to the TMA as [B, H, L, D] with box [1, 1, rows, block_d(D)].
 
     The leading ones fold away: the load is one tile. None if the TMA cannot address x.
@@ -343,7 +411,8 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     shape_and_strides = tma_shape(x)
     if shape_and_strides is None:
         return None
-    return TensorDescriptor(x, *shape_and_strides, [1, 1, rows, configs.block_d(x.shape[3])])
+    box = [1, 1, rows, configs.block_d(x.shape[3])]
+    return Described(lambda base: TensorDescriptor(base, *shape_and_strides, box))
 
 
 def _unit_stride(x: Tensor) -> Tensor:

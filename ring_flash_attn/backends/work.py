@@ -6,31 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..core.plan import Block, Interval
 from ..core.tables import key_tables, query_tables
 from .base import Step
+from .descriptors import Like
 from .documents import Side, document_tables, most_entries
+from .launch import ADDRESS, NUMBER
 
 # Share of L2 for what the heads in flight read again and again. Gluon prototypes, H100, 2026-11-22:
 # all heads at once lost 9-11 % (forward, 32768 tokens), one at a time 14 % (backward, 8192).
 L2_BYTES = 32 << 20
 
 
-def work(
-    attention: Attention,
-    step_plan: Step,
-    q: Tensor,
-    k: Tensor,
-    side: Side,
-    sides: tuple[Side, ...],
-    with_dq: bool = False,
+def heads(
+    softmax_scale: float, q: Like, k: Like, side: Side, with_dq: bool = False
 ) -> dict[str, Any]:
-    """Return what every kernel takes: the tables of one side's tiles, and its heads.
+    """Return the arguments that every kernel takes: a place for tables, and the heads.
 
     Args:
-        sides: those of all passes of the call.
+        side: what the kernel cuts into tiles.
         with_dq: of a side of keys, whether the kernel also adds to a float32 dq.
     """
     batch, q_len, heads, head_dim = q.shape
@@ -45,29 +40,47 @@ def work(
     else:
         # The group's programs share k and v.
         sharing, rows_read = group, 2 * k_len
-    tiles, entries = _tables(step_plan, side, sides, q.device)
-    in_l2 = max(1, L2_BYTES // (rows_read * head_dim * q.element_size()))
+    in_l2 = max(1, L2_BYTES // (rows_read * head_dim * q.dtype.itemsize))
     return {
-        "tiles_ptr": tiles,
-        "entries_ptr": entries,
-        "n_tiles": len(tiles),
+        "tiles_ptr": ADDRESS,
+        "entries_ptr": ADDRESS,
+        "n_tiles": NUMBER,
         "n_heads": batch * heads,
         "heads_in_flight": min(batch * heads, sharing * in_l2),
         "heads": heads,
         "group": group,
-        "softmax_scale": attention.softmax_scale,
+        "softmax_scale": softmax_scale,
         "HEAD_DIM": head_dim,
     }
 
 
-def _tables(
+def statistics(lse_strides: tuple[int, ...], delta_strides: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of every backward kernel for lse and delta, each [B, H, L]."""
+    return {
+        "lse_ptr": ADDRESS,
+        "delta_ptr": ADDRESS,
+        "lse_stride_batch": lse_strides[0],
+        "lse_stride_head": lse_strides[1],
+        "delta_stride_batch": delta_strides[0],
+        "delta_stride_head": delta_strides[1],
+    }
+
+
+def tables(
     step_plan: Step, side: Side, sides: tuple[Side, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return a step's tiles [n, 5] and entries [m, 4], int32, on the device."""
+) -> dict[str, Any]:
+    """Return a step's tables as a launch takes them: tiles [n, 5], entries [m, 4], int32, and n.
+
+    Args:
+        sides: those of all passes of the call.
+    """
     if isinstance(step_plan, DocumentsStep):
-        return document_tables(step_plan, side, sides if side in sides else (*sides, side))
-    finished = () if side.keys else step_plan.finished
-    return _uploaded(step_plan.blocks, finished, side, device)
+        wanted = sides if side in sides else (*sides, side)
+        tiles, entries = document_tables(step_plan, side, wanted)
+    else:
+        finished = () if side.keys else step_plan.finished
+        tiles, entries = _uploaded(step_plan.blocks, finished, side, device)
+    return {"tiles_ptr": tiles, "entries_ptr": entries, "n_tiles": len(tiles)}
 
 
 def one_entry(step_plan: Step, side: Side) -> bool:

@@ -106,6 +106,8 @@ class PeerMemory:
         return torch.cuda.current_stream(self._device)
 
     def capturing(self) -> bool:
+        if self._device.index == torch.cuda.current_device():
+            return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
@@ -118,6 +120,10 @@ class PeerMemory:
         stream.wait_event(event)
 
     def copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor) -> None:
+        if target.is_contiguous() and source.is_contiguous() and target.dtype == source.dtype:
+            # A tenth of the host's time that torch takes to change streams and copy.
+            self._memory.copy(stream, target.data_ptr(), source.data_ptr(), source.nbytes)
+            return
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
 
@@ -194,15 +200,19 @@ def _without_multicast() -> Iterator[None]:
 
 
 class _StreamMemory:
-    """cuStreamWriteValue32 and cuStreamWaitValue32: a stream writes a number, or waits for one.
+    """The driver's operations on streams: write a number, wait for one, copy bytes.
 
     A write is fenced behind the stream's earlier work.
     """
 
     def __init__(self) -> None:
         library = ctypes.CDLL("libcuda.so.1")
-        self._write = _function(library, "cuStreamWriteValue32")
-        self._wait = _function(library, "cuStreamWaitValue32")
+        pointer, size = ctypes.c_uint64, ctypes.c_size_t
+        of_value = [ctypes.c_void_p, pointer, ctypes.c_uint32, ctypes.c_uint]
+        self._write = _function(library, "cuStreamWriteValue32", of_value)
+        self._wait = _function(library, "cuStreamWaitValue32", of_value)
+        of_copy = [pointer, pointer, size, ctypes.c_void_p]
+        self._copy = _function(library, "cuMemcpyAsync", of_copy)
 
     def write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
         _check("cuStreamWriteValue32", self._write(stream.cuda_stream, address, value, 0))
@@ -210,10 +220,14 @@ class _StreamMemory:
     def wait(self, stream: torch.cuda.Stream, address: int, least: int) -> None:
         _check("cuStreamWaitValue32", self._wait(stream.cuda_stream, address, least, 0))
 
+    def copy(self, stream: torch.cuda.Stream, target: int, source: int, size: int) -> None:
+        status = self._copy(target, source, size, stream.cuda_stream)
+        _check("cuMemcpyAsync", status)
 
-def _function(library: ctypes.CDLL, name: str) -> Any:
+
+def _function(library: ctypes.CDLL, name: str, arguments: list[Any]) -> Any:
     function = getattr(library, f"{name}_v2", None) or getattr(library, name)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    function.argtypes = arguments
     function.restype = ctypes.c_int
     return function
 

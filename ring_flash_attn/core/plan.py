@@ -101,11 +101,6 @@ class RingPlan(NamedTuple):
     world_size: int
     steps: tuple[StepPlan, ...]
 
-    @property
-    def may_miss_rows(self) -> bool:
-        """Whether there can be rows that neither a step nor `unseen_q` names: never here."""
-        return False
-
     def unseen_q(self) -> tuple[Interval, ...]:
         """Return the query row ranges that no step touches."""
         intervals = [interval for step in self.steps for interval in step.q_intervals()]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Backend, Saved, TargetOnRequest, state_dtype
+from ..backends.missed import mark_missed
 from .attention import Attention
 from .exchange import Exchange
 from .packed import DocumentsPlan
@@ -28,11 +29,9 @@ def ring_forward(
     """
     batch, length, heads, _ = q.shape
     lse = torch.empty((batch, heads, length), dtype=state_dtype(q.dtype), device=q.device)
-    if plan.may_miss_rows:
-        lse.fill_(torch.nan)
     for begin, end in plan.steps[0].unseen_q():
         lse[:, :, begin:end] = -torch.inf
-    out, result = _state_and_result(plan, q)
+    out, result = _state_and_result(plan, q, lse)
     for step in plan.steps:
         k, v = exchange.kv(step.step)
         if step.sees:
@@ -84,16 +83,18 @@ def ring_backward(
     return result, dk, dv
 
 
-def _state_and_result(plan: RingPlan | DocumentsPlan, q: Tensor) -> tuple[Tensor | None, Tensor]:
+def _state_and_result(
+    plan: RingPlan | DocumentsPlan, q: Tensor, lse: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
     """Return what accumulates from step to step, and what the last step of each row writes.
 
     They are one tensor if q has the state's dtype; without a second step there is no state. Rows
-    that no step writes, or that a later one is the first to write, are 0.
+    that no step writes, or that a later one is the first to write, are 0. Rows that documents of
+    unchecked lengths leave out are NaN, also in `lse`.
     """
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.may_miss_rows:
-        # Such a row must be loud, not whatever the memory held.
-        result.fill_(torch.nan)
+    if isinstance(plan, DocumentsPlan) and plan.may_miss_rows:
+        mark_missed(plan, result, lse)
     for begin, end in plan.unseen_q():
         result[:, begin:end] = 0
     if len(plan.steps) == 1:
