@@ -31,7 +31,12 @@ def empty_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+# Minutes in the interpreter. They start first, or one of two processes would wait for them alone.
+LONGEST = ("test_ring_triton", "test_packed_triton", "test_hopper_backward", "test_varlen")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

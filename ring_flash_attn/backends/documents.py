@@ -10,9 +10,29 @@ from torch import Tensor
 from ..core.packed import Documents, DocumentsStep, PackedPlan, PackedStep
 from ..core.plan import Interval
 from ..kernels.fill import ENTRIES, PARTS, SPEC, _fill_kernel, _order_tiles_kernel
-from .launch import launch
+from .launch import ADDRESS, NUMBER, Launch, on
 
 _BLOCK = 64
+_FILL = Launch(
+    _fill_kernel,
+    {
+        "spec_ptr": ADDRESS,
+        "cu_q_ptr": ADDRESS,
+        "cu_k_ptr": ADDRESS,
+        "entries_ptr": ADDRESS,
+        "found_ptr": ADDRESS,
+        "n_docs": NUMBER,
+        "q_len": NUMBER,
+        "k_len": NUMBER,
+        "units": NUMBER,
+        "n_slots": NUMBER,
+        "BLOCK": _BLOCK,
+    },
+)
+_ORDER = Launch(
+    _order_tiles_kernel,
+    {"found_ptr": ADDRESS, "tiles_ptr": ADDRESS, "n_slots": NUMBER, "BLOCK": _BLOCK},
+)
 
 
 class Side(NamedTuple):
@@ -34,12 +54,33 @@ def document_tables(
         side: the one wanted. sides: all that the call will want.
     """
     documents, plan = step.documents, step.plan
-    if (plan, sides) not in documents.tables:
-        documents.tables[plan, sides] = _fill(plan, documents, sides)
-    tiles, entries = documents.tables[plan, sides]
-    table = sides.index(side) * len(plan.steps) + step.index
-    n_tiles = _most_tiles(plan.steps[step.index], plan.units, documents, side)
-    return tiles[table, :n_tiles], entries[table]
+    # By identity: to hash a plan takes the host longer than all else here.
+    filled = documents.tables.get((id(plan), sides))
+    if filled is None:
+        filled = documents.tables[id(plan), sides] = _Filled(plan, documents, sides)
+    return filled.table(step.index, side)
+
+
+class _Filled:
+    """The tables of a call for some sides, filled on the device when this is made.
+
+    Args:
+        plan: kept, so that no other gets its identity.
+    """
+
+    def __init__(self, plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> None:
+        self._plan, self._documents, self._sides = plan, documents, sides
+        self._tiles, self._entries = _fill(plan, documents, sides)
+        self._known: dict[tuple[int, Side], tuple[Tensor, Tensor]] = {}
+
+    def table(self, index: int, side: Side) -> tuple[Tensor, Tensor]:
+        """Return tiles and entries of a step."""
+        if (index, side) not in self._known:
+            plan = self._plan
+            table = self._sides.index(side) * len(plan.steps) + index
+            n_tiles = _most_tiles(plan.steps[index], plan.units, self._documents, side)
+            self._known[index, side] = self._tiles[table, :n_tiles], self._entries[table]
+        return self._known[index, side]
 
 
 def _fill(plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> tuple[Tensor, Tensor]:
@@ -50,26 +91,22 @@ def _fill(plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> tu
     sizes = tables * n_docs * PARTS.value * ENTRIES.value * 4, tables * n_slots * 5
     buffer = torch.empty(sum(sizes) + tables * n_slots * 6, dtype=torch.int32, device=cu_q.device)
     entries, tiles, found = buffer.split([*sizes, tables * n_slots * 6])
-    grid = (-(-n_slots // _BLOCK), tables, 1)
-    launch(
-        _fill_kernel,
-        grid,
-        {
-            "spec_ptr": _specification(plan, sides, cu_q.device),
-            "cu_q_ptr": cu_q,
-            "cu_k_ptr": cu_k,
-            "entries_ptr": entries,
-            "found_ptr": found,
-            "n_docs": n_docs,
-            "q_len": documents.q_len,
-            "k_len": documents.k_len,
-            "units": plan.units,
-            "n_slots": n_slots,
-            "BLOCK": _BLOCK,
-        },
-    )
-    ordered = {"found_ptr": found, "tiles_ptr": tiles, "n_slots": n_slots, "BLOCK": _BLOCK}
-    launch(_order_tiles_kernel, grid, ordered)
+    given = {
+        "spec_ptr": _specification(plan, sides, cu_q.device),
+        "cu_q_ptr": cu_q,
+        "cu_k_ptr": cu_k,
+        "entries_ptr": entries,
+        "found_ptr": found,
+        "tiles_ptr": tiles,
+        "n_docs": n_docs,
+        "q_len": documents.q_len,
+        "k_len": documents.k_len,
+        "units": plan.units,
+        "n_slots": n_slots,
+    }
+    with on(cu_q.device):
+        for start in (_FILL, _ORDER):
+            start(-(-n_slots // _BLOCK), given, rows=tables)
     return tiles.view(tables, n_slots, 5), entries.view(tables, -1, 4)
 
 

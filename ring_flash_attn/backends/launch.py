@@ -63,14 +63,15 @@ class Launch:
         self._described = [name for name, x in arguments.items() if isinstance(x, Described)]
         self._direct: dict[tuple, _Direct | None] = {}
 
-    def __call__(self, programs: int, given: dict[str, Any]) -> None:
-        """Launch so many programs on the current device and stream.
+    def __call__(self, programs: int, given: dict[str, Any], rows: int = 1) -> None:
+        """Launch a grid of programs x rows on the current device and stream.
 
         Args:
             given: tensors and ints by the kernel's parameters. Names that are none are ignored.
         """
+        grid = programs, rows, 1
         if INTERPRETED.value:
-            self._bind(programs, given)
+            self._bind(grid, given)
             return
         device = torch.cuda.current_device()
         pointers = [given[name].data_ptr() for name in self._addresses]
@@ -80,20 +81,20 @@ class Launch:
         if direct is not None and _unwatched():
             numbers = [given[name] for name in self._numbers]
             tensors = [given[name] for name in self._described]
-            direct(device, programs, pointers + numbers, tensors)
+            direct(device, grid, pointers + numbers, tensors)
             return
-        compiled = self._bind(programs, given)
+        compiled = self._bind(grid, given)
         if key not in self._direct:
             self._direct[key] = self._lay_out(compiled, given)
 
-    def _bind(self, programs: int, given: dict[str, Any]) -> Any:
+    def _bind(self, grid: tuple[int, int, int], given: dict[str, Any]) -> Any:
         """Launch with every argument by name; return the compiled kernel if there is one."""
         arguments = self.arguments.copy()
         for name in (*self._addresses, *self._numbers):
             arguments[name] = given[name]
         for name in self._described:
             arguments[name] = arguments[name].make(given[name])
-        return launch(self._kernel, (programs, 1, 1), arguments, **self._options)
+        return launch(self._kernel, grid, arguments, **self._options)
 
     def _lay_out(self, compiled: Any, given: dict[str, Any]) -> "_Direct | None":
         """Return how to launch without Triton's checks, None where its launcher is another one."""
@@ -177,14 +178,14 @@ class _Direct:
         )
 
     def __call__(
-        self, device: int, programs: int, values: list[int], tensors: list[Tensor]
+        self, device: int, grid: tuple[int, int, int], values: list[int], tensors: list[Tensor]
     ) -> None:
         arguments = self._flat.copy()
         for place, value in zip(self._places, values, strict=True):
             arguments[place] = value
         for (place, maps), tensor in zip(self._maps, tensors, strict=True):
             arguments[place] = maps.of(tensor)
-        self._start(programs, 1, 1, current_stream(device), *self._head, *arguments)
+        self._start(*grid, current_stream(device), *self._head, *arguments)
 
 
 def launch(
