@@ -31,6 +31,7 @@ import rows
 import timing
 import torch
 import torch.distributed as dist
+from graphs import replay
 from kernels import Inputs, draw, kernels, use_peers
 from packed_rings import LLAMA3, PACKED_LAYOUTS, packed_truth
 from packing import BATCH, ONE, STATED, Packing, pack
@@ -69,6 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--implementations", nargs="+", choices=KERNELS, default=list(KERNELS))
     add("--passes", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd", "fwd_bwd"])
     add("--exchanges", nargs="+", choices=EXCHANGES, default=["ring"], help="of triton")
+    add("--graphs", action="store_true", help="replay copy-engine calls as CUDA graphs too")
     add("--repeats", type=int, default=15 if on_gpu else 2)
     add("--no-errors", action="store_true")
     add("--csv", type=Path, help="append the rows to this file")
@@ -216,18 +218,32 @@ class Comparison:
     ) -> None:
         """Time the variants in turn and keep and write their rows."""
         for pass_ in self.options.passes:
-            runs = {x: x.call(pass_) for x in variants}
-            for x, ms in slowest_times(runs, self.options.repeats, self.place).items():
+            runs = {(x, 0): x.call(pass_) for x in variants}
+            if self.options.graphs:
+                runs |= self._replays(runs)
+            for (x, graph), ms in slowest_times(runs, self.options.repeats, self.place).items():
                 given = x.packing, x.inputs, x.impl, pass_, ms, self.place.world_size
-                row = self._row(x.layout, *given) | {"exchange": x.exchange}
+                row = self._row(x.layout, *given) | {"exchange": x.exchange, "graph": graph}
                 row["share_of_kernel"] = self._share(x, pass_, ms.p50, alone)
-                row["peak_gib"] = peak_gib(runs[x], x.inputs[:3], self.place)
+                if not graph:  # whose memory is its own, and lasts
+                    row["peak_gib"] = peak_gib(runs[x, 0], x.inputs[:3], self.place)
                 for name, error in errors.get(x, {}).items():
                     if name == "out" or pass_ == "fwd_bwd":
                         row[f"err_{name}"] = error
                 self.measured.append(row)
                 if self.options.csv and self.place.rank == 0:
                     rows.append(self.options.csv, rows.RING, row)
+
+    def _replays(
+        self, runs: dict[tuple[Variant, int], timing.Run]
+    ) -> dict[tuple[Variant, int], timing.Run]:
+        """Return the replays of the calls over the copy engine, which a graph can capture."""
+        found = {}
+        for (x, _), call in runs.items():
+            if x.exchange == "copy-engine":
+                name = f"graph of {x.impl} {x.packing.name} {x.layout}"
+                found[x, 1] = self._try(name, lambda call=call: replay(call))
+        return {key: call for key, call in found.items() if call is not None}
 
     def _share(
         self, x: Variant, pass_: str, ms: float, alone: dict[tuple[str, str], float]

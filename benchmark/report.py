@@ -50,9 +50,10 @@ def case_name(row: dict) -> str:
 
 
 def kernel_name(row: dict) -> str:
-    """Return the implementation, whether it continued a state, and what moved K and V for it."""
+    """Return the implementation, whether it continued a state, what moved K, V, and if a graph."""
     name = f"{row['impl']} + state" if int(row.get("state", 0)) else row["impl"]
-    return f"{name}, copy engine" if row.get("exchange") == "copy-engine" else name
+    name = f"{name}, copy engine" if row.get("exchange") == "copy-engine" else name
+    return f"{name}, graph" if int(row.get("graph", 0) or 0) else name
 
 
 def layout_name(row: dict) -> str:
