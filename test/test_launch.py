@@ -217,6 +217,16 @@ def test_a_crooked_address_is_bound_by_itself(prepared):
     assert len(bound) == 2 and len(compiled.started) == 1
 
 
+@pytest.mark.parametrize("name", ["out_ptr", "lse_ptr", "q"])
+def test_another_dtype_is_bound_by_itself(prepared, name):
+    start, compiled, bound = prepared
+    start(1, given())
+    start(1, given(**{name: torch.zeros(64, dtype=torch.bfloat16)}))
+    assert len(bound) == 2 and not compiled.started
+    start(1, given())
+    assert len(bound) == 2 and len(compiled.started) == 1
+
+
 def test_another_device_is_bound_by_itself(prepared, monkeypatch):
     start, _, bound = prepared
     start(1, given())

@@ -516,3 +516,31 @@ def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
     q = torch.zeros(1, 4, 2, 16)
     (reason,) = TritonBackend().unsupported(Attention(1.0), q, q, q)
     assert "TRITON_INTERPRET=1" in reason and "before importing ring_flash_attn" in reason
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_finished_result_may_have_another_dtype_than_in_the_call_before(device, head_dim: int):
+    """Calls alike in all but where finished rows go: launches are kept from call to call."""
+    n = 37 * SCALE
+    x = random_inputs(device, n, dtype=torch.bfloat16, head_dim=head_dim, dlse=False)
+    attention, backend = Attention(head_dim**-0.5, True), TritonBackend()
+    step = plan_local(attention, n, n)
+    seen = {}
+    for turn in range(2):
+        for dtype in (None, torch.bfloat16, torch.float16):
+            out, dq = poisoned(x.q.shape, x.q), poisoned(x.q.shape, x.q)
+            results = [None if dtype is None else poisoned(x.q.shape, x.q, dtype) for _ in range(2)]
+            lse = poisoned((1, x.q.shape[2], n), x.q)
+            backend.forward(attention, step, x.q, x.k, x.v, out, lse, results[0])
+            final = out if dtype is None else results[0]
+            saved = backend.prepare_backward(x.dout, final.to(x.q.dtype), lse, None)
+            dk, dv = poisoned(x.k.shape, x.k), poisoned(x.k.shape, x.k)
+            target = GradTarget(dk, dv, add=False)
+            backend.backward(
+                attention, step, saved, x.q, x.k, x.v, dq, lambda to=target: to, results[1]
+            )
+            seen[turn, dtype] = final, dq if dtype is None else results[1]
+    for (_, dtype), got in seen.items():
+        for ours, wide in zip(got, seen[0, None], strict=True):
+            assert ours.dtype == (dtype or torch.float32)
+            assert oracle.errors(ours.double(), wide.double()).max_abs <= 2**-6

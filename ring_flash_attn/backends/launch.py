@@ -74,13 +74,19 @@ class Launch:
             self._bind(grid, given)
             return
         device = torch.cuda.current_device()
-        pointers = [given[name].data_ptr() for name in self._addresses]
-        # Triton compiles anew for addresses that are not multiples of 16.
-        key = device, *[pointer % 16 == 0 for pointer in pointers]
+        addressed = [given[name] for name in self._addresses]
+        tensors = [given[name] for name in self._described]
+        pointers = [x.data_ptr() for x in addressed]
+        # Triton compiles anew for another dtype, and for addresses that are no multiples of 16.
+        key = (
+            device,
+            *[pointer % 16 == 0 for pointer in pointers],
+            *[x.dtype for x in addressed],
+            *[x.dtype for x in tensors],
+        )
         direct = self._direct.get(key)
         if direct is not None and _unwatched():
             numbers = [given[name] for name in self._numbers]
-            tensors = [given[name] for name in self._described]
             direct(device, grid, pointers + numbers, tensors)
             return
         compiled = self._bind(grid, given)
