@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comparison import Place
 
-CALLS = 5  # timed calls of an implementation before the next one's turn
+CALLS = 3  # timed calls of an implementation before the next one's turn
 Made = TypeVar("Made")
 
 

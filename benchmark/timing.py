@@ -117,11 +117,17 @@ def queued_spans(
 def interleaved(
     runs: dict[Name, Timed], rounds: int, time_one: Callable[[Timed], list[float]]
 ) -> dict[Name, list[float]]:
-    """Return every run's times, taken in turn round by round, so that all see the same clocks."""
+    """Return every run's times, taken in turn round by round, so that all see the same clocks.
+
+    Every other round goes backwards: a GPU lowers its clocks after a run that draws much power, and
+    would do so for the same neighbour every time.
+    """
     times: dict[Name, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name] += time_one(run)
+        for name in order:
+            times[name] += time_one(runs[name])
+        order.reverse()
     return times
 
 

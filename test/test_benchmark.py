@@ -255,12 +255,12 @@ def test_quantiles_interpolate(n: int):
     assert timing.quantiles(times.tolist()) == pytest.approx(want.tolist())
 
 
-def test_runs_are_timed_in_turn():
+def test_runs_are_timed_in_turn_and_backwards_every_other_round():
     called = []
     runs = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = timing.interleaved(runs, 2, lambda run: [run() or 1.0] * 3)
-    assert called == list("abcabc")
-    assert times == {name: [1.0] * 6 for name in "abc"}
+    times = timing.interleaved(runs, 3, lambda run: [run() or 1.0] * 3)
+    assert called == list("abccbaabc")
+    assert times == {name: [1.0] * 9 for name in "abc"}
 
 
 def test_rows_are_appended_under_one_header(tmp_path: Path):
