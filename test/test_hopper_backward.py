@@ -3,6 +3,7 @@
 As test_hopper_forward.py: what the emulator cannot know test_aot.py and a GPU must show.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -193,6 +194,39 @@ def test_full_attention_from_any_block_on(emulated, rotate):
     given = inputs(Shape(450, 600, 1, 2, 1, 64), torch.bfloat16)
     backend = emulated(replace(BACKWARD[64], rotate=rotate))
     assert not check(backend, FULL, "contiguous", 1, given)
+
+
+@pytest.mark.parametrize("landing", [False, True])
+@pytest.mark.parametrize(("heads", "copies"), [((4, 1), 4), ((6, 1), 2), ((8, 2), 4), ((3, 1), 1)])
+def test_few_programs_share_out_the_query_heads_of_a_key_head(
+    emulated, monkeypatch, heads, copies, landing
+):
+    backend = emulated()
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 10_000)
+    used = set()
+    launch_fused = hopper_backward.HopperStep.launch_fused
+
+    def note(self, config, dq, target, copies=1):
+        used.add(copies)
+        assert target.dk.shape[2] == heads[1] * copies
+        launch_fused(self, config, dq, target, copies)
+
+    monkeypatch.setattr(hopper_backward.HopperStep, "launch_fused", note)
+    given = inputs(Shape(272, 272, 2, *heads, 64), torch.bfloat16)
+    broken = check(backend, CAUSAL, "zigzag" if landing else "contiguous", 2, given, landing)
+    assert used == {copies} and not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("fragment", "instead"),
+    [("out_head // copies,", "out_head,"), ("out_head * group)", "out_head // copies * group)")],
+)
+def test_bugs_in_who_computes_which_heads_are_seen(emulated, monkeypatch, fragment, instead):
+    backend = emulated(bugs={fragment: instead})
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 10_000)
+    given = inputs(Shape(136, 136, 1, 4, 2, 64), torch.bfloat16)
+    with suppress(EmulationError, InterpreterError, IndexError):  # a head that is not there
+        assert check(backend, CAUSAL, "contiguous", 1, given)
 
 
 def test_shares_that_land_by_themselves(emulated):
@@ -392,7 +426,7 @@ BUGS = {
     "the band of a query": ("lo, hi = -hi, -lo", "lo, hi = -lo, -hi"),
     "the last block left out": ("(last - first + BLOCK - 1)", "(last - first)"),
     "one head of the group": ("            head += 1\n", "            head += 0\n"),
-    "one batch": ("(head // heads, key_head,", "(head * 0, key_head,"),
+    "one batch": ("(head // heads, out_head //", "(head * 0, out_head //"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "delta in another scale": ("            delta *= program.softmax_scale", "            pass"),
     "a row that saw nothing": ('lse == float("-inf"), float("inf"),', "lse != lse, 0.0,"),

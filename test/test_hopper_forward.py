@@ -53,7 +53,7 @@ def emulated(monkeypatch):
         monkeypatch.setattr(launching, "launch", launch)
         monkeypatch.setattr(hopper, "TensorDescriptor", TensorDescriptor)
         monkeypatch.setattr(hopper, "_counter", lambda device: counter)
-        monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
+        monkeypatch.setattr(hopper, "multiprocessors", lambda device: PROGRAMS)
 
         monkeypatch.setattr(hopper, "unsupported", lambda *_: [])
         triton_backend._choices.cache_clear()

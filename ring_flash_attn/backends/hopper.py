@@ -116,7 +116,7 @@ def launch_forward(start: Launch, device: torch.device, given: dict[str, Any]) -
     """Launch what forward_launch returned: as many programs as run at a time, at most."""
     given["counter_ptr"] = _counter(device)
     items = given["n_tiles"] * start.arguments["n_heads"]
-    start(min(items, _multiprocessors(device)), given)
+    start(min(items, multiprocessors(device)), given)
 
 
 def block_d(head_dim: int) -> int:
@@ -165,5 +165,8 @@ def _stream_counter(device: torch.device, stream: int) -> Tensor:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many streaming multiprocessors a device has; 1 for a CPU."""
+    if device.type != "cuda":
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -29,6 +29,8 @@ if hopper.SUPPORTED:
     from ..kernels.hopper.backward_wide_dq import _hopper_dq_kernel
 
 _ROWS = 32  # that _rows_kernel moves at a time
+# Fewer of the fused kernel's programs are cut into several.
+PROGRAMS_A_MULTIPROCESSOR = 2
 
 
 def unsupported(
@@ -128,22 +130,39 @@ class HopperStep(NamedTuple):
         summed = _float32_like(q) if dq is None else dq
         if self.step_plan.first:
             summed.zero_()
-        if self.step_plan.first or not getattr(dkv_target, "late", True):
+        copies = self._copies()
+        late = not self.step_plan.first and getattr(dkv_target, "late", True)
+        if copies == 1 and not late:
             self.launch_fused(config, summed, dkv_target())
         else:
             # Added after the kernel, which would have to wait for the accumulator to arrive. That
             # is 20 bytes of memory traffic a number of dk and dv, for a transfer that is hidden.
-            own = GradTarget(_float32_like(k), _float32_like(k), add=False)
-            self.launch_fused(config, summed, own)
+            dk, dv = _float32_like(k, copies), _float32_like(k, copies)
+            self.launch_fused(config, summed, GradTarget(dk, dv, add=False), copies)
             target = dkv_target()
-            self._move(own.dk, target.dk, self.keys, ADD=target.add)
-            self._move(own.dv, target.dv, self.keys, ADD=target.add)
+            for own, total in ((dk, target.dk), (dv, target.dv)):
+                self._move(own, total, self.keys, ADD=target.add, COPIES=copies)
         if result is None or result is dq:
             return
         if dq is None:
             self._move(summed, result, self.queries)
         elif self._finishes():
             self._move(summed, result, self.queries, FINISHED=True)
+
+    def _copies(self) -> int:
+        """Return into how many parts to cut the query heads of a key head.
+
+        Each is a program with dk and dv of its own. Where there are fewer than two programs for
+        each multiprocessor, the longest one alone would take most of the time.
+        """
+        q, k = self.sources["q"], self.sources["k"]
+        given = tables(self.step_plan, self.keys, self.sides, q.device)
+        programs, group = given["n_tiles"] * k.shape[0] * k.shape[2], q.shape[2] // k.shape[2]
+        wanted = PROGRAMS_A_MULTIPROCESSOR * hopper.multiprocessors(q.device)
+        copies = 1
+        while programs * copies < wanted and group % (2 * copies) == 0:
+            copies *= 2
+        return copies
 
     def _finishes(self) -> bool:
         """Return whether the step finishes any rows."""
@@ -158,10 +177,12 @@ class HopperStep(NamedTuple):
             return not self.attention.masked
         return all(block.full for block in self.step_plan.blocks)
 
-    def launch_fused(self, config: BackwardConfig, dq: Tensor, target: GradTarget) -> None:
-        """Add to dq, float32, and store or add dk and dv."""
+    def launch_fused(
+        self, config: BackwardConfig, dq: Tensor, target: GradTarget, copies: int = 1
+    ) -> None:
+        """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
         rotate = config.rotate and self._full()
-        start = _fused_launch(config, self._inputs(), like(dq), *_likes(target), rotate)
+        start = _fused_launch(config, self._inputs(), like(dq), *_likes(target), rotate, copies)
         self._launch(start, self.keys, {"dq": dq, "dk_ptr": target.dk, "dv_ptr": target.dv})
 
     def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
@@ -195,8 +216,11 @@ class HopperStep(NamedTuple):
         given |= tables(self.step_plan, side, self.sides, self.saved.lse.device)
         start(given["n_tiles"] * start.arguments["n_heads"], given)
 
-    def _move(self, source: Tensor, target: Tensor, side: Side, **constants: bool) -> None:
-        """Store source, or with ADD add it, to the target in the rows of a side's tiles."""
+    def _move(self, source: Tensor, target: Tensor, side: Side, **constants: int) -> None:
+        """Store source, or with ADD add it, to the target in the rows of a side's tiles.
+
+        COPIES: so many heads of source are summed for each of the target.
+        """
         q, k = like(self.sources["q"]), like(self.sources["k"])
         start = _rows_launch(q, k, side, like(source), like(target), **constants)
         self._launch(start, side, {"source_ptr": source, "target_ptr": target})
@@ -214,9 +238,9 @@ class _Inputs(NamedTuple):
     softmax_scale: float
     documents: bool
 
-    def arguments(self, side: Side, with_dq: bool = False) -> dict[str, Any]:
-        """Return the arguments that every kernel takes, `side` as in work.heads."""
-        shared = heads(self.softmax_scale, self.q, self.k, side, with_dq)
+    def arguments(self, side: Side, with_dq: bool = False, copies: int = 1) -> dict[str, Any]:
+        """Return the arguments that every kernel takes, as work.heads."""
+        shared = heads(self.softmax_scale, self.q, self.k, side, with_dq, copies)
         shared |= statistics(self.lse_strides, self.delta_strides)
         return shared | {"BLOCK_D": self.width, "DOCUMENTS": self.documents}
 
@@ -240,14 +264,22 @@ class _Inputs(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _fused_launch(
-    config: BackwardConfig, inputs: _Inputs, dq: Like, dk: Like, dv: Like, add: bool, rotate: bool
+    config: BackwardConfig,
+    inputs: _Inputs,
+    dq: Like,
+    dk: Like,
+    dv: Like,
+    add: bool,
+    rotate: bool,
+    copies: int,
 ) -> Launch:
     """Return the launch of _hopper_bwd_kernel."""
     rows, width = config.block_m, inputs.width
-    arguments = inputs.arguments(Side(True, config.key_rows), with_dq=True)
+    arguments = inputs.arguments(Side(True, config.key_rows), with_dq=True, copies=copies)
     arguments |= inputs.described(rows) | _gradients(dk, dv, add)
     arguments |= {
         "dq": inputs.describe(dq, 64, width // 2 if rows == 64 else width),
+        "copies": copies,
         "rotate": int(rotate),
         "BLOCK_M": rows,
         "Q_STAGES": config.q_stages,
@@ -285,7 +317,7 @@ def _wide_dkv_launch(config: WideConfig, inputs: _Inputs, dk: Like, dv: Like, ad
 
 @lru_cache(maxsize=1024)
 def _rows_launch(
-    q: Like, k: Like, side: Side, source: Like, target: Like, ADD=False, FINISHED=False
+    q: Like, k: Like, side: Side, source: Like, target: Like, ADD=False, FINISHED=False, COPIES=1
 ) -> Launch:
     """Return the launch of _rows_kernel on a side's tiles."""
     all_arguments = heads(1.0, q, k, side)
@@ -299,6 +331,7 @@ def _rows_launch(
         "BLOCK_D": block_d(source.shape[3]),
         "ADD": ADD,
         "FINISHED": FINISHED,
+        "COPIES": COPIES,
     }
     return Launch(_rows_kernel, arguments)
 
@@ -326,8 +359,11 @@ def _likes(target: GradTarget) -> tuple[Like, Like, bool]:
     return like(target.dk), like(target.dv), target.add
 
 
-def _float32_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+def _float32_like(x: Tensor, copies: int = 1) -> Tensor:
+    """Return an empty float32 tensor of x's shape [B, L, H, D] with so many heads for each one."""
+    batch, length, heads, head_dim = x.shape
+    shape = batch, length, heads * copies, head_dim
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _strides_of_batches(x: Like) -> tuple[int, int, int]:

@@ -20,20 +20,22 @@ L2_BYTES = 32 << 20
 
 
 def heads(
-    softmax_scale: float, q: Like, k: Like, side: Side, with_dq: bool = False
+    softmax_scale: float, q: Like, k: Like, side: Side, with_dq: bool = False, copies: int = 1
 ) -> dict[str, Any]:
     """Return the arguments that every kernel takes: a place for tables, and the heads.
 
     Args:
         side: what the kernel cuts into tiles.
         with_dq: of a side of keys, whether the kernel also adds to a float32 dq.
+        copies: of a side of keys, programs that share out the query heads of a key head.
     """
     batch, q_len, heads, head_dim = q.shape
     k_len, key_heads = k.shape[1:3]
     group = heads // key_heads
     if side.keys:
         # A key head's program reads q and dout of its group, again for every tile of keys.
-        heads, sharing, rows_read = key_heads, 1, 2 * group * q_len
+        heads, group = key_heads * copies, group // copies
+        sharing, rows_read = 1, 2 * group * q_len
         if with_dq:
             # Its programs are few and long: they take the group's heads about together, one by one.
             rows_read = 4 * q_len

@@ -18,6 +18,7 @@ def _rows_kernel(
     heads_in_flight,
     heads,
     HEAD_DIM: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ADD: tl.constexpr,
@@ -25,8 +26,9 @@ def _rows_kernel(
 ):
     """target = source, or with ADD target += source, in the rows of the tiles.
 
-    Grid: n_tiles * B * H, one program a tile and head (see load_program). Source and target are
-    [B, L, H, D] of any float dtype, strides (batch, head, row); target is written.
+    Grid: n_tiles * B * H, one program a tile and head (see load_program). target is
+    [B, L, H, D], source [B, L, H * COPIES, D] and summed over the copies of a head, both of any
+    float dtype, strides (batch, head, row); target is written.
     FINISHED: only in the rows of tiles that finish them.
     """
     row, row_end, _, _, finishes, head = load_program(tiles_ptr, n_tiles, n_heads, heads_in_flight)
@@ -36,8 +38,10 @@ def _rows_kernel(
         for start in range(row, row_end, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = (offs < row_end)[:, None] & (offs_d < HEAD_DIM)[None, :]
-            rows = row_pointers(source_ptr, source_strides, batch, head, offs)
-            x = tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            for copy in tl.static_range(COPIES):
+                rows = row_pointers(source_ptr, source_strides, batch, head * COPIES + copy, offs)
+                x += tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
             rows = row_pointers(target_ptr, target_strides, batch, head, offs)
             targets = rows[:, None] + offs_d[None, :]
             if ADD:

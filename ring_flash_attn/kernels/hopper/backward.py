@@ -77,11 +77,15 @@ class Options:
 
 @aggregate
 class Program:
-    """What the partitions share; `total` is how many blocks they go through."""
+    """What the partitions share; `total` is how many blocks they go through.
+
+    key_head is that of K and V, out_head where dk and dv go.
+    """
 
     walk: Walk
     batch: gl.tensor
     key_head: gl.tensor
+    out_head: gl.tensor
     first_head: gl.tensor
     total: gl.tensor
     k: Slots
@@ -97,7 +101,7 @@ class Program:
     @gluon.constexpr_function
     def __init__(self, walk, heads, total, k, v, q, statistics, dout, ds, dq, scale, options):
         self.walk = walk
-        self.batch, self.key_head, self.first_head = heads
+        self.batch, self.key_head, self.out_head, self.first_head = heads
         self.total = total
         self.k = k
         self.v = v
@@ -121,6 +125,7 @@ class Program:
         "heads_in_flight",
         "heads",
         "group",
+        "copies",
         "rotate",
     ]
 )
@@ -147,6 +152,7 @@ def _hopper_bwd_kernel(
     heads_in_flight,
     heads,
     group,
+    copies,
     rotate,
     softmax_scale,
     HEAD_DIM: gl.constexpr,
@@ -165,8 +171,9 @@ def _hopper_bwd_kernel(
     """dv = p^T dout, dk = softmax_scale ds^T q, dq += softmax_scale ds k.
 
     p = exp(softmax_scale q k^T - lse), ds = p (dout v^T - delta).
-    Grid: n_tiles * B * Hk, one program a tile of up to 128 key rows and key head, summing over the
-    head's `group` query heads, of CONSUMERS + 1 warpgroups.
+    Grid: n_tiles * B * heads, one program a tile of up to 128 key rows and head of dk and dv,
+    summing over `group` query heads, of CONSUMERS + 1 warpgroups. `copies` heads of dk and dv
+    belong to one of k and v: heads = Hk * copies, group = H / heads.
     As in kernels/dkv.py: tables, lse, delta, dk, dv, their strides, heads, ADD: dk and dv are
     float32 and stored, or with ADD added, in the rows of the tiles.
     q, k, v, dout, dq: descriptors of [B, H, L, D] with box [1, 1, rows, BLOCK_D]; rows are 64 for
@@ -183,7 +190,7 @@ def _hopper_bwd_kernel(
     )
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
     walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True)
-    key_head = head % heads
+    out_head = head % heads
     COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if BLOCK_M == 64 else BLOCK_D
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
@@ -210,7 +217,7 @@ def _hopper_bwd_kernel(
     )
     program = Program(
         walk,
-        (head // heads, key_head, key_head * group),
+        (head // heads, out_head // copies, out_head, out_head * group),
         count_blocks(walk, BLOCK_M) * group,
         k_slots,
         v_slots,

@@ -45,7 +45,7 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
     if program.k.buffers.dtype == gl.float16:
         dk *= program.softmax_scale
     row = walk.row + CONSUMER * ROWS
-    batch, head = program.batch, program.key_head
+    batch, head = program.batch, program.out_head
     store_gradient(dv, dv_ptr, dv_strides, batch, head, row, walk.row_end, HEAD_DIM, ADD)
     store_gradient(dk, dk_ptr, dk_strides, batch, head, row, walk.row_end, HEAD_DIM, ADD)
 
