@@ -29,8 +29,9 @@ if hopper.SUPPORTED:
     from ..kernels.hopper.backward_wide_dq import _hopper_dq_kernel
 
 _ROWS = 32  # that _rows_kernel moves at a time
-# Fewer of the fused kernel's programs are cut into several.
-PROGRAMS_A_MULTIPROCESSOR = 2
+# Where the fused kernel has fewer programs a multiprocessor than this they are cut into several.
+# Under a mask the longest of them takes about twice the average's time, and alone at the end.
+FEW_PROGRAMS, FEW_MASKED_PROGRAMS = 0.5, 2.0
 
 
 def unsupported(
@@ -152,13 +153,13 @@ class HopperStep(NamedTuple):
     def _copies(self) -> int:
         """Return into how many parts to cut the query heads of a key head.
 
-        Each is a program with dk and dv of its own. Where there are fewer than two programs for
-        each multiprocessor, the longest one alone would take most of the time.
+        Each is a program with dk and dv of its own, which are summed afterwards.
         """
         q, k = self.sources["q"], self.sources["k"]
         given = tables(self.step_plan, self.keys, self.sides, q.device)
         programs, group = given["n_tiles"] * k.shape[0] * k.shape[2], q.shape[2] // k.shape[2]
-        wanted = PROGRAMS_A_MULTIPROCESSOR * hopper.multiprocessors(q.device)
+        few = FEW_PROGRAMS if self._full() else FEW_MASKED_PROGRAMS
+        wanted = few * hopper.multiprocessors(q.device)
         copies = 1
         while programs * copies < wanted and group % (2 * copies) == 0:
             copies *= 2
