@@ -20,7 +20,7 @@ RERUN = """### How to rerun
 ```bash
 python benchmark/benchmark_kernels.py --csv benchmark/results/kernels.csv   # one GPU
 torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv \\
-    --exchanges ring copy-engine      # --packed batch one stated: documents
+    --exchanges ring copy-engine --graphs   # --packed batch one stated: documents
 python benchmark/plot.py && python benchmark/guide.py   # the pictures, and this part of the guide
 ```
 
@@ -69,10 +69,14 @@ TROUBLE = {
 }
 
 
+RING_RUNS = 2  # that the guide shows: one over few cases leaves the one before in sight
+
+
 def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
     """Return the part as Markdown. `pictures`: folder of the plots, relative to the guide."""
     kernels = rows.newest_run(kernel_rows)
-    rings, packed = (rows.newest_run(part) for part in rows.by_packing(ring_rows))
+    batches, packed = rows.by_packing(ring_rows)
+    rings, packed = rows.last_runs(batches, RING_RUNS), rows.newest_run(packed)
     parts = []
     if not kernels and not rings and not packed:
         parts.append("Nothing is measured yet: `benchmark/results` holds no rows.\n")
@@ -83,7 +87,9 @@ def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
         parts.append(_ratios(kernels, "triton-portable", "fa2"))
         parts.append(f"![TFLOP/s of one GPU]({pictures}/kernels.svg)\n")
     if rings:
-        parts += [f"### Rings\n\n{_origin(rings)}\n", *_rings(rings)]
+        parts.append("### Rings\n")
+        for run in rings:
+            parts += [f"{_origin(run)}\n", *_rings(run)]
         parts.append(f"![TFLOP/s per GPU of the rings]({pictures}/ring.svg)\n")
     if packed:
         parts += [f"### Packed\n\n{_origin(packed)}\n", PACKED, *_rings(packed)]

@@ -59,6 +59,12 @@ def newest_run(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [row for row in rows if row["run"] == rows[-1]["run"]]
 
 
+def last_runs(rows: list[dict[str, str]], count: int) -> list[list[dict[str, str]]]:
+    """Return the rows of so many runs, the newest first."""
+    names = list(dict.fromkeys(row["run"] for row in reversed(rows)))[:count]
+    return [[row for row in rows if row["run"] == name] for name in names]
+
+
 def by_packing(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return the rows of runs over batches alone, and those of runs with packed documents."""
     packed = {row["run"] for row in rows if row["packing"] != "batch"}
