@@ -93,6 +93,8 @@ def _refused(o: argparse.Namespace) -> str:
     odd = any(n % 2 for n in o.local_lengths)
     if "zigzag" in o.layouts and odd:
         return f"--local-lengths: zigzag needs even ones, got {o.local_lengths}"
+    if o.graphs and "copy-engine" not in o.exchanges:
+        return f"--graphs needs --exchanges copy-engine, got {o.exchanges}"
     if not o.packed and LLAMA3 in o.layouts:
         return "--layouts: llama3 needs --packed one or stated"
     if not o.packed:
