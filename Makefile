@@ -8,7 +8,7 @@ demo: environment
 		test/test_ring_flash_attn_comparison.py
 
 test: environment
-	$(python) -m pytest $$($(python) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
+	$(python) -m pytest $$($(python) -c 'import xdist; print("-n 2 --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 lint: environment
 	$(python) -m ruff check .

@@ -18,7 +18,14 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "benchmark": ["matplotlib", "tabulate"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "numpy", "tabulate", "matplotlib"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist>=3.7",
+            "numpy",
+            "tabulate",
+            "matplotlib",
+        ],
         "dev": ["ruff==0.17.6", "pyright==1.1.414"],
     },
 )

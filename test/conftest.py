@@ -31,12 +31,24 @@ def empty_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-# Minutes in the interpreter. They start first, or one of two processes would wait for them alone.
-LONGEST = ("test_ring_triton", "test_packed_triton", "test_hopper_backward", "test_varlen")
+# Files that take minutes, longest first: they start first, or one of two processes would end up
+# waiting for the other's.
+LONGEST = (
+    "test_hopper_backward",
+    "test_packed_forms",
+    "test_packed_triton",
+    "test_triton_kernels",
+    "test_ring_triton",
+    "test_ring_flash_attn_comparison",
+    "test_hopper_forward",
+    "test_packed",
+    "test_copy_engine_triton",
+    "test_aot",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -196,8 +196,10 @@ def test_full_attention_from_any_block_on(emulated, rotate):
     assert not check(backend, FULL, "contiguous", 1, given)
 
 
-@pytest.mark.parametrize("landing", [False, True])
-@pytest.mark.parametrize(("heads", "copies"), [((4, 1), 4), ((6, 1), 2), ((8, 2), 4), ((3, 1), 1)])
+@pytest.mark.parametrize(
+    ("heads", "copies", "landing"),
+    [((6, 1), 2, False), ((8, 2), 4, False), ((3, 1), 1, False), ((4, 1), 4, True)],
+)
 def test_few_programs_share_out_the_query_heads_of_a_key_head(
     emulated, monkeypatch, heads, copies, landing
 ):
@@ -212,7 +214,7 @@ def test_few_programs_share_out_the_query_heads_of_a_key_head(
         launch_fused(self, config, dq, target, copies)
 
     monkeypatch.setattr(hopper_backward.HopperStep, "launch_fused", note)
-    given = inputs(Shape(272, 272, 2, *heads, 64), torch.bfloat16)
+    given = inputs(Shape(144, 144, 2, *heads, 64), torch.bfloat16)
     broken = check(backend, CAUSAL, "zigzag" if landing else "contiguous", 2, given, landing)
     assert used == {copies} and not broken, "\n".join(broken)
 
