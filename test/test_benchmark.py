@@ -274,6 +274,8 @@ def test_rows_are_appended_under_one_header(tmp_path: Path):
     found = rows.read(path, rows.KERNELS)
     assert [found[0][x] for x in ("causal", "tflops", "rel_err")] == ["1", "0.333333", ""]
     assert rows.newest_run(found) == found[1:]
+    assert rows.last_runs(found, 1) == [found[1:]]
+    assert rows.last_runs(found, 2) == rows.last_runs(found, 3) == [found[1:], found[:1]]
     with pytest.raises(ValueError, match="expected"):
         rows.append(path, rows.KERNELS, {"run": "r3"})
     with pytest.raises(ValueError, match="header"):

@@ -21,7 +21,7 @@ from .base import GradTarget, Saved, Step
 from .descriptors import Like, addressable, like
 from .documents import Side
 from .launch import ADDRESS, Described, Launch, strides, targets
-from .work import heads, statistics, tables
+from .work import BackwardInputs, backward_inputs, heads, tables
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -196,20 +196,8 @@ class HopperStep(NamedTuple):
         start = _wide_dkv_launch(config, self._inputs(), *_likes(target))
         self._launch(start, self.keys, {"dk_ptr": target.dk, "dv_ptr": target.dv})
 
-    def _inputs(self) -> "_Inputs":
-        """Return what every launch depends on."""
-        delta = self.saved.delta
-        assert delta is not None, "saved comes from another backend's prepare_backward"
-        return _Inputs(
-            like(self.sources["q"]),
-            like(self.sources["k"]),
-            like(self.sources["v"]),
-            like(self.sources["dout"]),
-            self.saved.lse.stride(),
-            delta.stride(),
-            self.attention.softmax_scale,
-            self.documents,
-        )
+    def _inputs(self) -> BackwardInputs:
+        return backward_inputs(self.attention, self.saved, self.sources, self.documents)
 
     def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
         """Launch one program for each of a side's tiles and each head."""
@@ -227,46 +215,35 @@ class HopperStep(NamedTuple):
         self._launch(start, side, {"source_ptr": source, "target_ptr": target})
 
 
-class _Inputs(NamedTuple):
-    """What every launch of a step depends on: inputs [B, L, H, D], strides of [B, H, L]."""
+def _arguments(
+    inputs: BackwardInputs, side: Side, q_rows: int, with_dq: bool = False, copies: int = 1
+) -> dict[str, Any]:
+    """Return the arguments that every kernel takes.
 
-    q: Like
-    k: Like
-    v: Like
-    dout: Like
-    lse_strides: tuple[int, ...]
-    delta_strides: tuple[int, ...]
-    softmax_scale: float
-    documents: bool
+    Args:
+        q_rows: of q and dout that are read at a time; 64 of k and v. Others: as work.heads.
+    """
+    width = hopper.block_d(inputs.q.shape[3])
+    arguments = heads(inputs.softmax_scale, inputs.q, inputs.k, side, with_dq, copies)
+    arguments |= inputs.statistics() | {"BLOCK_D": width, "DOCUMENTS": inputs.documents}
+    for name, x in inputs.sources().items():
+        rows = q_rows if name in ("q", "dout") else 64
+        arguments[name] = _describe(x, rows, width, inputs.documents)
+    return arguments
 
-    def arguments(self, side: Side, with_dq: bool = False, copies: int = 1) -> dict[str, Any]:
-        """Return the arguments that every kernel takes, as work.heads."""
-        shared = heads(self.softmax_scale, self.q, self.k, side, with_dq, copies)
-        shared |= statistics(self.lse_strides, self.delta_strides)
-        return shared | {"BLOCK_D": self.width, "DOCUMENTS": self.documents}
 
-    @property
-    def width(self) -> int:
-        """Columns of the kernels' tiles."""
-        return hopper.block_d(self.q.shape[3])
-
-    def described(self, q_rows: int) -> dict[str, Described]:
-        """Return how the inputs are read: so many rows of q and dout at a time, 64 of k and v."""
-        rows = {"q": q_rows, "k": 64, "v": 64, "dout": q_rows}
-        return {name: self.describe(getattr(self, name), n, self.width) for name, n in rows.items()}
-
-    def describe(self, x: Like, rows: int, columns: int) -> Described:
-        """Return how boxes of so many rows and columns of x are read."""
-        shape = (1, 1, rows, 1, columns) if self.documents else (1, 1, rows, columns)
-        described = hopper.describe(x, shape, cut=self.documents)
-        assert described is not None, "addresses() has refused this"
-        return described
+def _describe(x: Like, rows: int, columns: int, documents: bool) -> Described:
+    """Return how boxes of so many rows and columns of x are read or added to."""
+    shape = (1, 1, rows, 1, columns) if documents else (1, 1, rows, columns)
+    described = hopper.describe(x, shape, cut=documents)
+    assert described is not None, "addresses() has refused this"
+    return described
 
 
 @lru_cache(maxsize=1024)
 def _fused_launch(
     config: BackwardConfig,
-    inputs: _Inputs,
+    inputs: BackwardInputs,
     dq: Like,
     dk: Like,
     dv: Like,
@@ -275,11 +252,12 @@ def _fused_launch(
     copies: int,
 ) -> Launch:
     """Return the launch of _hopper_bwd_kernel."""
-    rows, width = config.block_m, inputs.width
-    arguments = inputs.arguments(Side(True, config.key_rows), with_dq=True, copies=copies)
-    arguments |= inputs.described(rows) | _gradients(dk, dv, add)
+    rows, keys = config.block_m, Side(True, config.key_rows)
+    arguments = _arguments(inputs, keys, rows, with_dq=True, copies=copies)
+    arguments |= _gradients(dk, dv, add)
+    columns = arguments["BLOCK_D"] // 2 if rows == 64 else arguments["BLOCK_D"]
     arguments |= {
-        "dq": inputs.describe(dq, 64, width // 2 if rows == 64 else width),
+        "dq": _describe(dq, 64, columns, inputs.documents),
         "copies": copies,
         "rotate": int(rotate),
         "BLOCK_M": rows,
@@ -294,9 +272,9 @@ def _fused_launch(
 
 
 @lru_cache(maxsize=1024)
-def _wide_dq_launch(config: WideConfig, inputs: _Inputs, dq: Like, add: bool) -> Launch:
+def _wide_dq_launch(config: WideConfig, inputs: BackwardInputs, dq: Like, add: bool) -> Launch:
     """Return the launch of _hopper_dq_kernel."""
-    arguments = inputs.arguments(Side(False, config.query_rows)) | inputs.described(64)
+    arguments = _arguments(inputs, Side(False, config.query_rows), 64)
     arguments |= {
         "dq_ptr": ADDRESS,
         "result_ptr": ADDRESS,
@@ -309,9 +287,11 @@ def _wide_dq_launch(config: WideConfig, inputs: _Inputs, dq: Like, add: bool) ->
 
 
 @lru_cache(maxsize=1024)
-def _wide_dkv_launch(config: WideConfig, inputs: _Inputs, dk: Like, dv: Like, add: bool) -> Launch:
+def _wide_dkv_launch(
+    config: WideConfig, inputs: BackwardInputs, dk: Like, dv: Like, add: bool
+) -> Launch:
     """Return the launch of _hopper_dkv_kernel."""
-    arguments = inputs.arguments(Side(True, config.key_rows)) | inputs.described(64)
+    arguments = _arguments(inputs, Side(True, config.key_rows), 64)
     arguments |= _gradients(dk, dv, add) | {"PRODUCER_REGISTERS": config.registers[2]}
     return _with_registers(_hopper_dkv_kernel, config, arguments)
 

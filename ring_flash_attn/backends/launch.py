@@ -108,9 +108,10 @@ class Launch:
         metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
         if start is None or len(metas) != len(self._described):
             return None
+        in_order = [name for name in self._kernel.arg_names if name in self._described]
         maps = {
             name: _Maps(self.arguments[name].make, meta)
-            for name, meta in zip(self._described_in_order(), metas, strict=True)
+            for name, meta in zip(in_order, metas, strict=True)
         }
         flat: list[Any] = []
         places: dict[str, int] = {}
@@ -124,10 +125,6 @@ class Launch:
             [places[name] for name in (*self._addresses, *self._numbers)],
             [(places[name], maps[name]) for name in self._described],
         )
-
-    def _described_in_order(self) -> list[str]:
-        """Return the parameters that are descriptors, in the kernel's order."""
-        return [name for name in self._kernel.arg_names if name in self._described]
 
 
 class _Maps:

@@ -6,15 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..kernels import configs
-from ..kernels.delta import _delta_kernel
-from ..kernels.dkv import _bwd_kernel_dkv
-from ..kernels.dq import _bwd_kernel_dq
-from ..kernels.forward import _fwd_kernel
 from ..kernels.hopper.configs import (
     BackwardConfig,
     ForwardConfig,
@@ -23,14 +18,12 @@ from ..kernels.hopper.configs import (
     forward_config,
 )
 from ..kernels.tile import INTERPRETED
-from . import hopper, hopper_backward
+from . import hopper, hopper_backward, portable
 from .base import GradTarget, Saved, Step
-from .descriptors import Like, like, tma_shape
+from .descriptors import like
 from .documents import Side
-from .launch import ADDRESS, Described, Launch, on, strides, targets
-from .work import heads, one_entry, statistics, tables
-
-DELTA_ROWS = 64
+from .launch import Launch, on, targets
+from .work import backward_inputs, one_entry, tables
 
 
 class TritonBackend:
@@ -117,10 +110,10 @@ class TritonBackend:
                     hopper.launch_forward(start, q.device, given)
                     return
             config = choices.configs["forward"]
-            start = _forward_launch(
+            start = portable.forward_launch(
                 config, attention.softmax_scale, tensors, lse.stride(), carry, documents
             )
-            given |= tables(step_plan, _side("forward", config), choices.sides, q.device)
+            given |= tables(step_plan, portable.side_of("forward", config), choices.sides, q.device)
             _launch(start, given)
 
     def prepare_backward(
@@ -131,10 +124,10 @@ class TritonBackend:
         dlse = None if dlse is None else dlse.contiguous()
         batch, length, heads, _ = out.shape
         delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
-        start = _delta_launch(like(out), like(dout), dlse is not None)
+        start = portable.delta_launch(like(out), like(dout), dlse is not None)
         given = {"out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "delta_ptr": delta}
         with on(out.device):
-            start(-(-length // DELTA_ROWS) * batch * heads, given)
+            start(-(-length // portable.DELTA_ROWS) * batch * heads, given)
         return Saved(dout, out, _unit_stride(lse), dlse, delta)
 
     def backward(
@@ -166,20 +159,21 @@ class TritonBackend:
                 step.run(dq, result, dkv_target)
                 return
             dq, result = targets(dq, result)
-            tensors = tuple(like(x) for x in sources.values())
-            shared = attention.softmax_scale, tensors, saved.lse.stride(), saved.delta.stride()
+            inputs = backward_inputs(attention, saved, sources, documents)
             given = sources | {"lse_ptr": saved.lse, "delta_ptr": saved.delta}
             config = choices.configs["dq"]
-            start = _dq_launch(config, *shared, like(dq), not step_plan.first, documents)
+            start = portable.dq_launch(config, inputs, like(dq), not step_plan.first)
             given |= {"dq_ptr": dq, "result_ptr": result}
-            _launch(start, given | tables(step_plan, _side("dq", config), choices.sides, q.device))
+            side = portable.side_of("dq", config)
+            _launch(start, given | tables(step_plan, side, choices.sides, q.device))
             target = dkv_target()
             config = choices.configs["dkv"]
-            start = _dkv_launch(
-                config, *shared, like(target.dk), like(target.dv), target.add, documents
+            start = portable.dkv_launch(
+                config, inputs, like(target.dk), like(target.dv), target.add
             )
             given |= {"dk_ptr": target.dk, "dv_ptr": target.dv}
-            _launch(start, given | tables(step_plan, _side("dkv", config), choices.sides, q.device))
+            side = portable.side_of("dkv", config)
+            _launch(start, given | tables(step_plan, side, choices.sides, q.device))
 
     def _choices(self, attention: Attention, q: Tensor, documents: bool) -> "_Choices":
         return _choices(
@@ -224,7 +218,7 @@ def _choices(
 ) -> _Choices:
     arch, dtype_name = _arch(device), str(dtype).removeprefix("torch.")
     chosen = {x: lookup(arch, head_dim, dtype_name, x, documents).config for x in configs.PASSES}
-    sides = {x: _side(x, config) for x, config in chosen.items()}
+    sides = {x: portable.side_of(x, config) for x, config in chosen.items()}
     forward = backward = None
     if wants_forward and not hopper.unsupported(arch, dtype, head_dim):
         forward = forward_config(head_dim) if wants_forward is True else wants_forward
@@ -243,176 +237,9 @@ def _choices(
     return _Choices(chosen, forward, backward, sides["dq"], unique)
 
 
-def _side(pass_: str, config: configs.LaunchConfig) -> Side:
-    """Return what a pass cuts into tiles."""
-    return Side(True, config.block_n) if pass_ == "dkv" else Side(False, config.block_m)
-
-
 def _launch(start: Launch, given: dict[str, Any]) -> None:
     """Launch one program a tile and head."""
     start(given["n_tiles"] * start.arguments["n_heads"], given)
-
-
-@lru_cache(maxsize=1024)
-def _forward_launch(
-    config: configs.LaunchConfig,
-    softmax_scale: float,
-    tensors: tuple[Like, Like, Like, Like],
-    lse_strides: tuple[int, ...],
-    carry: bool,
-    documents: bool,
-) -> Launch:
-    """Return the launch of _fwd_kernel for tensors q, k, v, out like these, as hopper's."""
-    q, k, v, out = tensors
-    outputs = {
-        "out_ptr": ADDRESS,
-        "result_ptr": ADDRESS,
-        "lse_ptr": ADDRESS,
-        "out_strides": strides(out),
-        "lse_stride_batch": lse_strides[0],
-        "lse_stride_head": lse_strides[1],
-        "CARRY": carry,
-    }
-    sources = {"q": q, "k": k, "v": v}
-    return _portable(_fwd_kernel, "forward", config, softmax_scale, sources, outputs, documents)
-
-
-@lru_cache(maxsize=1024)
-def _dq_launch(
-    config: configs.LaunchConfig,
-    softmax_scale: float,
-    tensors: tuple[Like, Like, Like, Like],
-    lse_strides: tuple[int, ...],
-    delta_strides: tuple[int, ...],
-    dq: Like,
-    add: bool,
-    documents: bool,
-) -> Launch:
-    """Return the launch of _bwd_kernel_dq for q, k, v, dout and dq like these."""
-    outputs = statistics(lse_strides, delta_strides) | {
-        "dq_ptr": ADDRESS,
-        "result_ptr": ADDRESS,
-        "dq_strides": strides(dq),
-        "ADD": add,
-    }
-    return _portable(
-        _bwd_kernel_dq, "dq", config, softmax_scale, _named(tensors), outputs, documents
-    )
-
-
-@lru_cache(maxsize=1024)
-def _dkv_launch(
-    config: configs.LaunchConfig,
-    softmax_scale: float,
-    tensors: tuple[Like, Like, Like, Like],
-    lse_strides: tuple[int, ...],
-    delta_strides: tuple[int, ...],
-    dk: Like,
-    dv: Like,
-    add: bool,
-    documents: bool,
-) -> Launch:
-    """Return the launch of _bwd_kernel_dkv for q, k, v, dout and dk, dv like these."""
-    outputs = statistics(lse_strides, delta_strides) | {
-        "dk_ptr": ADDRESS,
-        "dv_ptr": ADDRESS,
-        "dk_strides": strides(dk),
-        "dv_strides": strides(dv),
-        "ADD": add,
-        "COPIES": config.copies,
-    }
-    return _portable(
-        _bwd_kernel_dkv, "dkv", config, softmax_scale, _named(tensors), outputs, documents
-    )
-
-
-def _named(tensors: tuple[Like, Like, Like, Like]) -> dict[str, Like]:
-    return dict(zip(("q", "k", "v", "dout"), tensors, strict=True))
-
-
-def _portable(
-    kernel: Any,
-    pass_: str,
-    config: configs.LaunchConfig,
-    softmax_scale: float,
-    sources: dict[str, Like],
-    outputs: dict[str, Any],
-    documents: bool,
-) -> Launch:
-    """Return the launch of a kernel on every tile and head of the side that it writes.
-
-    Args:
-        sources: what it reads tile by tile: q, k, v, backward also dout.
-        outputs: arguments that only this kernel takes.
-    """
-    q, k = sources["q"], sources["k"]
-    arguments = heads(softmax_scale, q, k, _side(pass_, config)) | outputs
-    arguments |= _source_arguments(config, sources)
-    arguments |= {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": configs.block_d(q.shape[3]),
-        "DOCUMENTS": documents,
-    }
-    return Launch(kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
-@lru_cache(maxsize=256)
-def _delta_launch(out: Like, dout: Like, has_dlse: bool) -> Launch:
-    """Return the launch of _delta_kernel for out and dout [B, L, H, D] like these."""
-    _, length, heads, head_dim = out.shape
-    arguments = {
-        "out_ptr": ADDRESS,
-        "dout_ptr": ADDRESS,
-        "dlse_ptr": ADDRESS if has_dlse else None,
-        "delta_ptr": ADDRESS,
-        "out_strides": strides(out),
-        "dout_strides": strides(dout),
-        "length": length,
-        "heads": heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": DELTA_ROWS,
-        "BLOCK_D": configs.block_d(head_dim),
-        "HAS_DLSE": has_dlse,
-    }
-    return Launch(_delta_kernel, arguments)
-
-
-def _source_arguments(config: configs.LaunchConfig, sources: dict[str, Like]) -> dict[str, Any]:
-    """Return the arguments for tensors that are read: all by descriptor or all by pointer."""
-    described = _descriptors(config, sources) if config.tma else None
-    arguments: dict[str, Any] = {"TMA": described is not None}
-    for name, x in sources.items():
-        arguments[name] = ADDRESS if described is None else described[name]
-        # A descriptor holds the strides itself; constant ones keep the kernel from recompiling.
-        arguments[f"{name}_strides"] = strides(x) if described is None else (0, 0, 0)
-    return arguments
-
-
-def _descriptors(
-    config: configs.LaunchConfig, sources: dict[str, Like]
-) -> dict[str, Described] | None:
-    """Return a descriptor of each tensor, None if the TMA cannot address one of them."""
-    described = {}
-    for name, x in sources.items():
-        rows = config.block_n if name in ("k", "v") else config.block_m
-        descriptor = _descriptor(x, rows)
-        if descriptor is None:
-            return None
-        described[name] = descriptor
-    return described
-
-
-def _descriptor(x: Like, rows: int) -> Described | None:
-    """Describe x [B, L, H, D] to the TMA as [B, H, L, D] with box [1, 1, rows, block_d(D)].
-
-    The leading ones fold away: the load is one tile. None if the TMA cannot address x.
-    """
-    shape_and_strides = tma_shape(x)
-    if shape_and_strides is None:
-        return None
-    box = [1, 1, rows, configs.block_d(x.shape[3])]
-    return Described(lambda base: TensorDescriptor(base, *shape_and_strides, box))
 
 
 def _unit_stride(x: Tensor) -> Tensor:

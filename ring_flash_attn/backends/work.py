@@ -1,16 +1,17 @@
 """What every Triton kernel takes for a step: its tables, on the device, and its heads."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..core.plan import Block, Interval
 from ..core.tables import key_tables, query_tables
-from .base import Step
-from .descriptors import Like
+from .base import Saved, Step
+from .descriptors import Like, like
 from .documents import Side, document_tables, most_entries
 from .launch import ADDRESS, NUMBER
 
@@ -56,16 +57,54 @@ def heads(
     }
 
 
-def statistics(lse_strides: tuple[int, ...], delta_strides: tuple[int, ...]) -> dict[str, Any]:
-    """Return the arguments of every backward kernel for lse and delta, each [B, H, L]."""
-    return {
-        "lse_ptr": ADDRESS,
-        "delta_ptr": ADDRESS,
-        "lse_stride_batch": lse_strides[0],
-        "lse_stride_head": lse_strides[1],
-        "delta_stride_batch": delta_strides[0],
-        "delta_stride_head": delta_strides[1],
-    }
+class BackwardInputs(NamedTuple):
+    """What every launch of a backward step depends on.
+
+    Attributes:
+        q, k, v, dout: [B, L, H, D]. lse_strides, delta_strides: of [B, H, L].
+        documents: whether the rows are packed documents, whose lengths the device knows.
+    """
+
+    q: Like
+    k: Like
+    v: Like
+    dout: Like
+    lse_strides: tuple[int, ...]
+    delta_strides: tuple[int, ...]
+    softmax_scale: float
+    documents: bool
+
+    def sources(self) -> dict[str, Like]:
+        """Return what the kernels read tile by tile, by parameter."""
+        return {"q": self.q, "k": self.k, "v": self.v, "dout": self.dout}
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the arguments for lse and delta."""
+        return {
+            "lse_ptr": ADDRESS,
+            "delta_ptr": ADDRESS,
+            "lse_stride_batch": self.lse_strides[0],
+            "lse_stride_head": self.lse_strides[1],
+            "delta_stride_batch": self.delta_strides[0],
+            "delta_stride_head": self.delta_strides[1],
+        }
+
+
+def backward_inputs(
+    attention: Attention, saved: Saved, sources: dict[str, Tensor], documents: bool
+) -> BackwardInputs:
+    """Return what launches depend on of q, k, v, dout, in `sources` by name, and of `saved`."""
+    assert saved.delta is not None, "saved comes from another backend's prepare_backward"
+    return BackwardInputs(
+        like(sources["q"]),
+        like(sources["k"]),
+        like(sources["v"]),
+        like(sources["dout"]),
+        saved.lse.stride(),
+        saved.delta.stride(),
+        attention.softmax_scale,
+        documents,
+    )
 
 
 def tables(
