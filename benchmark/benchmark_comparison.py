@@ -227,11 +227,11 @@ class Comparison:
                 given = x.packing, x.inputs, x.impl, pass_, ms, self.place.world_size
                 row = self._row(x.layout, *given) | {"exchange": x.exchange, "graph": graph}
                 row["share_of_kernel"] = self._share(x, pass_, ms.p50, alone)
-                if not graph:  # whose memory is its own, and lasts
+                if not graph:  # which keeps its memory, and whose results nobody compares here
                     row["peak_gib"] = peak_gib(runs[x, 0], x.inputs[:3], self.place)
-                for name, error in errors.get(x, {}).items():
-                    if name == "out" or pass_ == "fwd_bwd":
-                        row[f"err_{name}"] = error
+                    for name, error in errors.get(x, {}).items():
+                        if name == "out" or pass_ == "fwd_bwd":
+                            row[f"err_{name}"] = error
                 self.measured.append(row)
                 if self.options.csv and self.place.rank == 0:
                     rows.append(self.options.csv, rows.RING, row)

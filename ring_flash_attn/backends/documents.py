@@ -54,7 +54,7 @@ def document_tables(
         side: the one wanted. sides: all that the call will want.
     """
     documents, plan = step.documents, step.plan
-    # By identity: to hash a plan takes the host longer than all else here.
+    # By identity: this is asked several times a step, and plans are long to hash.
     filled = documents.tables.get((id(plan), sides))
     if filled is None:
         filled = documents.tables[id(plan), sides] = _Filled(plan, documents, sides)
