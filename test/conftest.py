@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from quick_interpreter import quicken
+
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     # Read when Triton is imported; ranks that tests start inherit it.
@@ -52,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    if not ON_GPU:
+        quicken()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

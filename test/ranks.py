@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from quick_interpreter import quicken
+
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -66,6 +68,8 @@ def run_ranks(
 
 def _enter(folder: str, rank: int, world_size: int, work: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        quicken()
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         dist.init_process_group(
