@@ -1,4 +1,4 @@
-"""Spare Triton's interpreter what it does again and again, about a third of the time of tests.
+"""Spare Triton's interpreter what it does again and again.
 
 It puts its own functions in the place of triton.language's at every launch, which is needed, and
 once more at every call of a device function inside one, which changes nothing.

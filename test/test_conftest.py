@@ -16,7 +16,8 @@ ALSO_ON_CPU = GPU_ONLY + "@pytest.mark.kernel\ndef test_in_the_interpreter():\n 
 
 
 def run(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess:
-    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    for name in ("conftest.py", "quick_interpreter.py"):
+        shutil.copy(Path(__file__).with_name(name), folder)
     (folder / "test_planted.py").write_text(source)
     (folder / "pytest.ini").write_text("[pytest]\n")
     inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
