@@ -14,8 +14,10 @@ sys.path.append(str(FOLDER))
 
 import benchmark_kernels  # noqa: E402
 import coverage  # noqa: E402
+import guide  # noqa: E402
 import kernels  # noqa: E402
 import packing  # noqa: E402
+import plot  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
 import timing  # noqa: E402
@@ -194,3 +196,27 @@ def test_tables_compare_with_the_best_rival_of_the_same_case():
     alone = report.kernels_table([kernel_row()]).splitlines()[2].split()
     assert alone[-2:] == ["4", "1.00e-03"]
     assert "causal, stated" in report.kernels_table(found)
+
+
+def test_the_guide_shows_a_covering_run_apart():
+    found = as_read([kernel_row(), *covered_rows()])
+    before, _, covering = guide.render(found, [], "pictures").partition("### One GPU, all kinds")
+    assert before + "### " == guide.render(found[:1], [], "pictures").partition("How to")[0]
+    assert "Run c1" in covering and "pictures/coverage.svg" in covering
+    line = "| 2.00 (1.00-3.00) | 4 | 50% | 0.50 {} | 4 | 1.0e-03 "
+    for mask, peer in (("causal", "cudnn"), ("causal, stated", "fa3")):
+        half = line.format(peer)
+        assert f"| 1,64,4/2,16 | bf16 | {mask} {half}{half}|" in covering
+
+
+def test_the_plot_of_a_covering_run_is_the_same_every_time(tmp_path: Path):
+    path = tmp_path / "kernels.csv"
+    for row in [kernel_row(), *covered_rows(), kernel_row(packing="stated", head_dim=8, run="c1")]:
+        rows.append(path, rows.KERNELS, row)
+    for folder in ("one", "two"):
+        given = ["--kernels", str(path), "--ring", str(tmp_path / "no"), "--to"]
+        assert plot.main([*given, str(tmp_path / folder)]) == 0
+    names = sorted(x.name for x in (tmp_path / "one").iterdir())
+    assert names == ["coverage.svg", "kernels.svg"]
+    pictures = [(tmp_path / x / "coverage.svg").read_bytes() for x in ("one", "two")]
+    assert pictures[0] == pictures[1]
