@@ -173,7 +173,7 @@ def _varlen(backend, inputs: Inputs, packing: Packing) -> Varlen:
 
 
 def triton_kernels(
-    inputs: Inputs, packing: Packing | None = None, portable: bool = False
+    inputs: Inputs, packing: Packing | None = None, portable: bool = False, backend=None
 ) -> list[Kernel]:
     """Return the kernels that the library runs here, storing and continuing an fp32 state.
 
@@ -183,13 +183,14 @@ def triton_kernels(
 
     Args:
         portable: the portable ones, also where the library has others for the part.
+        backend: a TritonBackend with rows of its own in place of the library's.
 
     Raises:
         NotImplementedError: as kernels.
     """
     from ring_flash_attn.backends.triton import TritonBackend
 
-    impl, backend = "triton", TritonBackend()
+    impl, backend = "triton", backend or TritonBackend()
     if portable:
         impl = "triton-portable"
         backend = TritonBackend(hopper_forward=False, hopper_backward=False)
