@@ -224,6 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.run:
         run_kernels(tuple(options.head_dims))
         return 0
+    if not options.reports and compute_sanitizer() is None:
+        print("compute-sanitizer, a part of the CUDA toolkit, is not on PATH: nothing was run")
+        return 2
     if options.reports:
         reports = {str(path): path.read_text() for path in options.reports}
     else:
