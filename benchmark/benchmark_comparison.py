@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --packed batch one stated
 
 Every implementation is timed in turn, the host waiting for each call: p20, p50, p80 of the slowest
-rank. Share of kernel: the same kernel's time on one GPU for the local length, times the ranks, over
-the ring's time; `triton` against this library's kernels, the others against their flash kernel. Up
-to a global length of 16384 errors are taken against dense attention in float64.
+rank. --queued N also times N calls that the host issues without waiting, as a model's layers do.
+Share of kernel: the same kernel's time on one GPU for the local length, times the ranks, over the
+ring's time; `triton` against this library's kernels, the others against their flash kernel. Up to a
+global length of 16384 errors are taken against dense attention in float64.
 
 --packed measures packed documents: `one` of the whole length, or the `stated` lengths (packing.py);
 FLOPs are those of each document's own pairs. `batch` is the zigzag batch, timed in turn with them.
@@ -71,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--passes", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd", "fwd_bwd"])
     add("--exchanges", nargs="+", choices=EXCHANGES, default=["ring"], help="of triton")
     add("--graphs", action="store_true", help="replay copy-engine calls as CUDA graphs too")
+    add("--queued", type=int, default=0, help="also time so many calls without a wait, as one")
     add("--repeats", type=int, default=15 if on_gpu else 2)
     add("--no-errors", action="store_true")
     add("--csv", type=Path, help="append the rows to this file")
@@ -93,6 +95,8 @@ def _refused(o: argparse.Namespace) -> str:
     odd = any(n % 2 for n in o.local_lengths)
     if "zigzag" in o.layouts and odd:
         return f"--local-lengths: zigzag needs even ones, got {o.local_lengths}"
+    if o.queued < 0:
+        return f"--queued must be at least 0, got {o.queued}"
     if o.graphs and "copy-engine" not in o.exchanges:
         return f"--graphs needs --exchanges copy-engine, got {o.exchanges}"
     if not o.packed and LLAMA3 in o.layouts:
@@ -219,15 +223,18 @@ class Comparison:
         errors: dict[Variant, dict[str, float]],
     ) -> None:
         """Time the variants in turn and keep and write their rows."""
-        for pass_ in self.options.passes:
+        for pass_, queued in itertools.product(self.options.passes, self._queues()):
             runs = {(x, 0): x.call(pass_) for x in variants}
             if self.options.graphs:
                 runs |= self._replays(runs)
-            for (x, graph), ms in slowest_times(runs, self.options.repeats, self.place).items():
+            repeats = -(-self.options.repeats // 3) if queued else self.options.repeats
+            for (x, graph), ms in slowest_times(runs, repeats, self.place, queued).items():
                 given = x.packing, x.inputs, x.impl, pass_, ms, self.place.world_size
                 row = self._row(x.layout, *given) | {"exchange": x.exchange, "graph": graph}
+                row["queued"] = queued
                 row["share_of_kernel"] = self._share(x, pass_, ms.p50, alone)
-                if not graph:  # which keeps its memory, and whose results nobody compares here
+                # A graph keeps its memory, and nobody compares its results here.
+                if not graph:
                     row["peak_gib"] = peak_gib(runs[x, 0], x.inputs[:3], self.place)
                     for name, error in errors.get(x, {}).items():
                         if name == "out" or pass_ == "fwd_bwd":
@@ -235,6 +242,10 @@ class Comparison:
                 self.measured.append(row)
                 if self.options.csv and self.place.rank == 0:
                     rows.append(self.options.csv, rows.RING, row)
+
+    def _queues(self) -> list[int]:
+        """Return how many calls go without a wait, by way of timing."""
+        return [0, self.options.queued] if self.options.queued else [0]
 
     def _replays(
         self, runs: dict[tuple[Variant, int], timing.Run]
@@ -282,7 +293,7 @@ class Comparison:
             **{"packing": packing.name, "pass": pass_, "dtype": o.dtype, "batch": o.batch},
             **{"local_len": inputs.q.shape[-3], "heads": o.heads, "kv_heads": o.kv_heads},
             **{"head_dim": o.head_dim, "causal": mask[0], "window": timing.window_text(mask[1])},
-            **{"graph": 0, "ms_p20": ms.p20, "ms_p50": ms.p50, "ms_p80": ms.p80},
+            **{"graph": 0, "queued": 0, "ms_p20": ms.p20, "ms_p50": ms.p50, "ms_p80": ms.p80},
             "tflops_per_gpu": work / ms.p50 / 1e9,
         }
         return {**dict.fromkeys(rows.RING), **given}

@@ -37,17 +37,24 @@ def attempt(make: Callable[[], Made], place: Place) -> tuple[Made | None, str]:
     return (None, reason or "another rank failed") if failed else (made, "")
 
 
-def slowest_times(runs: dict, repeats: int, place: Place) -> dict:
-    """Return quantiles of `repeats` calls by name: the runs in turn, the slowest rank's."""
+def slowest_times(runs: dict, repeats: int, place: Place, queued: int = 0) -> dict:
+    """Return quantiles of `repeats` calls by name: the runs in turn, the slowest rank's.
+
+    Args:
+        queued: calls that the host issues without waiting, one of the `repeats`; 0: it waits for
+            each.
+    """
     cuda = place.device.type == "cuda"
     for run in runs.values():
         timing.call_times(run, 0, timing.WARMUP if cuda else 1)
 
     def turn(run: timing.Run) -> list[float]:
         dist.barrier()
+        if queued:
+            return [timing.row_of_calls(run, queued)]
         return timing.call_times(run, min(CALLS, repeats), int(cuda))
 
-    times = timing.interleaved(runs, -(-repeats // CALLS), turn)
+    times = timing.interleaved(runs, repeats if queued else -(-repeats // CALLS), turn)
     return {
         name: timing.Quantiles(
             *over_ranks([*timing.quantiles(ms[:repeats])], dist.ReduceOp.MAX, place)

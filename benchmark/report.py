@@ -49,7 +49,7 @@ def of_ceiling(row: dict) -> str:
 
 def rings_table(measured: list[dict]) -> str:
     """Return the table: the columns of the CSV, tokens/s, and speed over upstream's."""
-    case_of = ("local_len", "causal", "window", "layout", "packing", "pass")
+    case_of = ("local_len", "causal", "window", "layout", "packing", "pass", "queued")
     times = {(*(r[c] for c in case_of), r["impl"]): r["ms_p50"] for r in measured}
     lines = []
     for r in measured:
@@ -83,8 +83,9 @@ def kernel_name(row: dict) -> str:
 
 
 def layout_name(row: dict) -> str:
-    """Return the layout, and the packing if it is not a batch."""
-    return row["layout"] if row["packing"] == "batch" else f"{row['layout']} {row['packing']}"
+    """Return the layout, the packing if it is not a batch, and whether calls were queued."""
+    name = row["layout"] if row["packing"] == "batch" else f"{row['layout']} {row['packing']}"
+    return f"{name} queued" if int(row["queued"] or 0) else name
 
 
 def mask_name(row: dict) -> str:

@@ -14,7 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 KERNELS_CSV, RING_CSV = RESULTS / "kernels.csv", RESULTS / "ring.csv"
 
 # Windows are written left:right, -1 for open; causal, state and graph are 0 or 1. ceiling is the
-# TFLOP/s of a matrix product, timed by the process that timed the row.
+# TFLOP/s of a matrix product, timed by the process that timed the row. queued is the number of calls
+# that the host issued without waiting, whose time is divided by it; 0: it waited for each.
 KERNELS = (
     *("run", "date", "commit", "tree", "gpu", "torch", "triton", "impl", "pass", "dtype", "batch"),
     *("seqlen", "heads", "kv_heads", "head_dim", "causal", "window", "state"),
@@ -24,10 +25,10 @@ RING = (
     *("run", "date", "commit", "tree", "gpu", "torch", "triton", "world_size", "impl", "exchange"),
     *("layout", "packing", "pass", "dtype", "batch", "local_len", "heads", "kv_heads", "head_dim"),
     *("causal", "window", "graph", "ms_p20", "ms_p50", "ms_p80", "tflops_per_gpu"),
-    *("share_of_kernel", "peak_gib", "err_out", "err_dq", "err_dk", "err_dv"),
+    *("share_of_kernel", "peak_gib", "err_out", "err_dq", "err_dk", "err_dv", "queued"),
 )
 # Columns that came later, and what the rows before them have there.
-LATER = {KERNELS: {"packing": "batch", "ceiling": ""}}
+LATER = {KERNELS: {"packing": "batch", "ceiling": ""}, RING: {"queued": "0"}}
 
 
 def append(path: Path, columns: tuple[str, ...], row: dict) -> None:

@@ -86,6 +86,21 @@ def call_times(run: Run, repeats: int, warmup: int) -> list[float]:
     return times
 
 
+def row_of_calls(run: Run, calls: int) -> float:
+    """Return the milliseconds of each of `calls` calls that the host issues without waiting."""
+    cuda = torch.cuda.is_available()
+    run()
+    if not cuda:
+        return sum(_host_ms(run) for _ in range(calls)) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
 def queued_times(run: Run, repeats: int, flush: torch.Tensor) -> list[float]:
     """Return the GPU's milliseconds of `repeats` calls, launched ahead, each with a cold L2."""
 

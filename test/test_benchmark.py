@@ -49,6 +49,7 @@ def ring_row(**changes) -> dict:
     row = {**dict.fromkeys(rows.RING), **ORIGIN, **SIZES, **TIMES, "impl": "triton"}
     row |= {"world_size": 2, "exchange": "ring", "layout": "zigzag", "packing": "batch"}
     row |= {"pass": "fwd_bwd", "local_len": 64, "causal": 1, "window": "-1:-1", "graph": 0}
+    row |= {"queued": 0}
     return row | {"tflops_per_gpu": 4.0, "share_of_kernel": 0.5} | changes
 
 
@@ -75,7 +76,8 @@ def compared(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
 def compared_packed(tmp_path_factory) -> tuple[str, list[dict[str, str]]]:
     path = tmp_path_factory.mktemp("packed") / "ring.csv"
     packings = "batch", "one", "stated"
-    return compare(path, "--packed", *packings, "--implementations", "native-aten", "upstream-fa2")
+    given = "--packed", *packings, "--implementations", "native-aten", "upstream-fa2"
+    return compare(path, *given, "--queued", "2")
 
 
 def test_comparison_writes_a_row_for_each_implementation_and_pass(compared):
@@ -119,8 +121,9 @@ def test_packed_comparison_writes_every_layout_and_packing(compared_packed):
     found = [row for row in compared_packed[1] if row["impl"] == "native-aten"]
     layouts = ("contiguous", "zigzag", "stripe", "llama3")
     cases = {("zigzag", "batch"), *((x, y) for x in layouts for y in ("one", "stated"))}
-    wanted = {(*case, pass_) for case in cases for pass_ in ("fwd", "fwd_bwd")}
-    got = [(row["layout"], row["packing"], row["pass"]) for row in found]
+    passes = [(x, queued) for x in ("fwd", "fwd_bwd") for queued in ("0", "2")]
+    wanted = {(*case, *pass_) for case in cases for pass_ in passes}
+    got = [(row["layout"], row["packing"], row["pass"], row["queued"]) for row in found]
     assert len(got) == len(wanted) and set(got) == wanted
     for row in found:
         assert row["exchange"] == ("gather" if row["layout"] == "llama3" else "ring")
@@ -159,6 +162,7 @@ def test_packed_comparison_says_what_upstream_lacks(compared_packed):
         (["--packed", "batch", "one", "--layouts", "llama3"], "--layouts needs zigzag"),
         (["--packed", "one", "--kv-heads", "2", "--heads-k-stride", "3"], "2 key heads, got 3"),
         (["--heads-k-stride", "2"], "--heads-k-stride needs --packed"),
+        (["--queued", "-1"], "--queued must be at least 0, got -1"),
         (["--graphs"], "--graphs needs --exchanges copy-engine"),
     ],
 )
