@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 KERNELS_CSV, RING_CSV = RESULTS / "kernels.csv", RESULTS / "ring.csv"
 
 # Windows are written left:right, -1 for open; causal, state and graph are 0 or 1. ceiling is the
-# TFLOP/s of a matrix product, timed by the process that timed the row. queued is the number of calls
-# that the host issued without waiting, whose time is divided by it; 0: it waited for each.
+# TFLOP/s of a matrix product, timed by the process that timed the row. queued: so many calls that
+# the host issued without waiting were timed as one; 0: it waited for each.
 KERNELS = (
     *("run", "date", "commit", "tree", "gpu", "torch", "triton", "impl", "pass", "dtype", "batch"),
     *("seqlen", "heads", "kv_heads", "head_dim", "causal", "window", "state"),

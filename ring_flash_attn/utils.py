@@ -49,8 +49,9 @@ class RingComm:
         self.recv_rank = ranks.globally[(self.rank - offset) % self.world_size]
         self._local = offset % self.world_size == 0
         self._hop = 0
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._sends: list[Tensor] = []
+        self._receives: list[Tensor] = []
+        self._arrived: list[Tensor] = []  # host copies that stand in for `_receives`
         self._requests: list[dist.Work] | None = None
 
     def send_recv(self, to_send: Tensor, recv_tensor: Tensor | None = None) -> Tensor:
@@ -64,8 +65,19 @@ class RingComm:
             The tensor that will hold the previous rank's message after `wait`.
         """
         received = torch.empty_like(to_send) if recv_tensor is None else recv_tensor
-        self._pairs.append((to_send, received))
+        self._sends.append(to_send)
+        self._receives.append(received)
         return received
+
+    def transfer(self, sends: list[Tensor], receives: list[Tensor]) -> None:
+        """Start messages of which this rank may send and receive different numbers and sizes.
+
+        Args:
+            sends: contiguous; the next rank must receive just these. receives: likewise.
+        """
+        self._sends += sends
+        self._receives += receives
+        self.commit()
 
     def commit(self) -> None:
         """Start all pairs collected so far, in one batch."""
@@ -73,16 +85,16 @@ class RingComm:
             raise RuntimeError("RingComm.commit called twice without a wait in between")
         self._hop += 1
         if self._local:
-            for to_send, received in self._pairs:
+            for to_send, received in zip(self._sends, self._receives, strict=True):
                 received.copy_(to_send)
             self._requests = []
             return
-        operations = []
-        for to_send, received in self._stage():
-            operations.append(dist.P2POp(dist.isend, to_send, self.send_rank, self._process_group))
-            operations.append(dist.P2POp(dist.irecv, received, self.recv_rank, self._process_group))
+        sends, receives = self._stage()
+        group = self._process_group
+        operations = [dist.P2POp(dist.isend, x, self.send_rank, group) for x in sends]
+        operations += [dist.P2POp(dist.irecv, x, self.recv_rank, group) for x in receives]
         try:
-            self._requests = dist.batch_isend_irecv(operations)
+            self._requests = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise lost(error, self._process_group, self._doing()) from error
 
@@ -96,9 +108,10 @@ class RingComm:
                 request.wait()
         except RuntimeError as error:
             raise lost(error, self._process_group, self._doing(index)) from error
-        for (_, received), (_, arrived) in zip(self._pairs, self._staged, strict=False):
-            received.copy_(arrived)
-        self._requests, self._pairs, self._staged = None, [], []
+        if self._arrived:
+            for received, arrived in zip(self._receives, self._arrived, strict=True):
+                received.copy_(arrived)
+        self._requests, self._sends, self._receives, self._arrived = None, [], [], []
 
     def send_recv_kv(
         self,
@@ -113,25 +126,23 @@ class RingComm:
         return next_k, next_v
 
     def _doing(self, index: int = 0) -> str:
-        """Say what a request does: `commit` makes a send and a receive of a pair, or one of all."""
+        """Say what a request does: there is one of each message, sends first, or one of all."""
         ways = [f"sending to global rank {self.send_rank}"]
         ways += [f"receiving from global rank {self.recv_rank}"]
-        if self._requests is not None and len(self._requests) == 2 * len(self._pairs):
-            ways = [ways[index % 2]]
+        messages = len(self._sends) + len(self._receives)
+        if self._requests is not None and len(self._requests) == messages:
+            ways = [ways[index >= len(self._sends)]]
         return f"{' and '.join(ways)} ({self.carries}, hop {self._hop})"
 
-    def _stage(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the pairs to transfer: gloo cannot send CUDA tensors, host copies stand in."""
-        if not any(to_send.is_cuda for to_send, _ in self._pairs):
-            return self._pairs
+    def _stage(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what to send and receive: gloo moves no CUDA tensors, host copies stand in."""
+        if not any(x.is_cuda for x in (*self._sends, *self._receives)):
+            return self._sends, self._receives
         if "nccl" in ranks_of(self._process_group).backends.partition("cuda:")[2]:
-            return self._pairs
+            return self._sends, self._receives
         _warn_staging()
-        self._staged = [
-            (to_send.cpu(), torch.empty_like(received, device="cpu"))
-            for to_send, received in self._pairs
-        ]
-        return self._staged
+        self._arrived = [torch.empty_like(x, device="cpu") for x in self._receives]
+        return [x.cpu() for x in self._sends], self._arrived
 
 
 class ShiftComm(RingComm):

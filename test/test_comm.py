@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import oracle
 from ranks import run_ranks
 from ring_flash_attn import ring_attention
 from ring_flash_attn.utils import (
@@ -117,13 +118,13 @@ def test_all_gather_comm():
 
 def operations(rank: int, world_size: int, layout: str, window: tuple[int, int]) -> list[list]:
     """Return the (elements, dtype, destination) of every message of a forward and a backward."""
-    sent = []
+    sent, received = [], []
     start = dist.batch_isend_irecv
 
     def recording(ops):
-        sends = [op for op in ops if op.op is dist.isend]
-        assert len(ops) == 2 * len(sends)
-        sent.extend((op.tensor.numel(), str(op.tensor.dtype), op.peer) for op in sends)
+        for op in ops:
+            messages = sent if op.op is dist.isend else received
+            messages.append((op.tensor.numel(), str(op.tensor.dtype), op.peer))
         return start(ops)
 
     dist.batch_isend_irecv = recording
@@ -131,33 +132,93 @@ def operations(rank: int, world_size: int, layout: str, window: tuple[int, int])
     out, _ = ring_attention(q, k, v, layout=layout, causal=True, window_size=window)
     forward, sent = sent, []
     out.sum().backward()
-    return [forward, sent]
+    return [forward, sent, received]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
-def test_one_message_a_hop_and_gradients_one_hop_behind(layout: str):
-    world_size, message = 3, 2 * 8 * 2 * 16
-    for rank, (forward, backward) in enumerate(
-        run_ranks(world_size, operations, world_size, layout, (-1, -1))
-    ):
-        hop = (message, "torch.float32", (rank + 1) % world_size)
+def rows_that_travel(layout: str, window: tuple[int, int], size: int, rank: int) -> list[list]:
+    """Return what a rank sends on: K, V hop by hop, sums likewise, and sums on their way home.
+
+    Each as the number of rows from the first to the last that the ranks concerned read, with the
+    source, cell by cell.
+    """
+    places = [oracle.positions(layout, 8, size, each) for each in range(size)]
+
+    def seen(source: int, hop: int) -> set[int]:
+        reader = places[(source + hop) % size]
+        return set(
+            oracle.visible(reader, places[source], True, window).any(0).nonzero()[:, 0].tolist()
+        )
+
+    def span(source: int, hops: range) -> int:
+        rows = set().union(*(seen(source, hop) for hop in hops))
+        count = max(rows) - min(rows) + 1 if rows else 0
+        return 8 if count == 7 else count  # nearly all
+
+    steps = max(hop for hop in range(size) if any(seen(x, hop) for x in range(size))) + 1
+    source = [(rank - step) % size for step in range(steps)]
+    return [
+        [span(source[step], range(step + 1, steps)) for step in range(steps - 1)],
+        [span(source[step], range(1, step + 1)) for step in range(1, steps - 1)],
+        [span(source[-1], range(1, steps))],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "window", "size"),
+    [
+        ("contiguous", (-1, -1), 3),
+        ("zigzag", (-1, -1), 3),
+        ("stripe", (-1, -1), 3),
+        ("contiguous", (5, 0), 4),
+        ("contiguous", (8, 0), 4),
+        ("zigzag", (5, 0), 4),
+        ("stripe", (6, 0), 3),
+    ],
+    ids=str,
+)
+def test_no_row_travels_that_nobody_reads(layout: str, window: tuple[int, int], size: int):
+    row, ahead, back = 2 * 2 * 16, [], []
+    results = run_ranks(size, operations, size, layout, window)
+    for rank, (forward, backward, _) in enumerate(results):
+        keys, sums, home = rows_that_travel(layout, window, size, rank)
+        last = len(keys)
+        ahead.append([(n, "torch.float32", (rank + 1) % size) for n in keys if n])
+        onward = [(n, "torch.float32", (rank + 1) % size) for n in sums if n]
+        back.append(onward + [(n, "torch.float32", (rank - last) % size) for n in home if n])
+        assert in_rows(forward, row) == ahead[rank]
+        # The same K, V again, among them the sums, one hop behind.
+        assert sorted(in_rows(backward, row)) == sorted(ahead[rank] + back[rank])
+    for rank, (*_, received) in enumerate(results):
+        sent_here = sum(
+            elements
+            for forward, backward, _ in results
+            for elements, _, peer in (*forward, *backward)
+            if peer == rank
+        )
+        assert sum(elements for elements, *_ in received) == sent_here
+
+
+def in_rows(messages: list[tuple], row: int) -> list[tuple]:
+    """Return (rows, dtype, destination); k and v that travel as two messages count as one."""
+    whole, joined = 8 * row, []
+    for elements, dtype, peer in messages:
+        if elements != whole and joined and joined[-1][1] == elements:
+            joined[-1] = (2 * elements, None, dtype, peer)
+        else:
+            joined.append((elements, elements, dtype, peer))
+    return [(total // row, dtype, peer) for total, _, dtype, peer in joined]
+
+
+def test_sums_start_at_the_second_rank_and_go_straight_home():
+    """Three ranks: two hops of K, V; one of sums, then home."""
+    for rank, (forward, backward, _) in enumerate(run_ranks(3, operations, 3, "stripe", (-1, -1))):
+        hop = (2 * 8 * 2 * 16, "torch.float32", (rank + 1) % 3)
         assert forward == [hop] * 2
-        assert backward == [hop] * 5
-
-
-def test_a_window_ends_the_ring_early_and_gradients_go_straight_home():
-    world_size, message = 4, 2 * 8 * 2 * 16
-    for rank, (forward, backward) in enumerate(
-        run_ranks(world_size, operations, world_size, "contiguous", (8, 0))
-    ):
-        ahead = (message, "torch.float32", (rank + 1) % world_size)
-        home = (message, "torch.float32", (rank - 1) % world_size)
-        assert forward == [ahead]
-        assert backward == [ahead, ahead, home]
+        assert backward == [hop] * 4
 
 
 def test_one_rank_sends_nothing():
-    assert run_ranks(1, operations, 1, "zigzag", (-1, -1)) == [[[], []]]
+    assert run_ranks(1, operations, 1, "zigzag", (-1, -1)) == [[[], [], []]]
 
 
 def test_update_out_and_lse_merges_halves_and_keeps_empty_rows_empty():

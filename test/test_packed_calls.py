@@ -157,11 +157,12 @@ def exchange(rank: int, world_size: int, dtype: torch.dtype, offset: int = 1) ->
 def ring_events(rank: int, world_size: int) -> tuple[list, list]:
     """Return what a ring does whose every step sees something."""
     kv, dkv = (exchange(rank, world_size, dtype) for dtype in (HALF, SINGLE))
-    # After P - 1 hops the sums are one rank before home.
+    # Sums start at step 1, the first reader's; after the last step they are P - 1 ranks from home.
     home = exchange(rank, world_size, SINGLE, 1 - world_size)
     hops = world_size - 1
     forward = [*kv, FORWARD] * hops + [FORWARD]
-    return forward, [*kv, BACKWARD, *dkv] * hops + [BACKWARD, *home]
+    backward = [*kv, BACKWARD] + [*kv, BACKWARD, *dkv] * (hops - 1) + [BACKWARD, *home]
+    return forward, backward
 
 
 def gather_events(slices: int) -> tuple[list, list]:

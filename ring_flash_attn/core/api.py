@@ -105,10 +105,7 @@ def ring_call(
     runs = select_backend(backend, attention, q, k, v)
     wanted = wanted_exchange(exchange)
     plan = plan_ring(attention, q_layout, k_layout, rank)
-    route = None
-    if wanted != "ring":
-        traffic = ring_traffic(attention, q_layout, k_layout, rank)
-        route = Route(traffic, required=wanted is not None)
+    route = Route(ring_traffic(attention, q_layout, k_layout, rank), wanted)
     if same is not None:
         note_call(same, attention, q, k, layout)
         same["exchange"] = str(wanted)

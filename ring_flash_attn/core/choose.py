@@ -31,15 +31,15 @@ KEPT_SHAPES = 8
 
 
 class Route(NamedTuple):
-    """How a call's K, V are to travel, if not over the ring anyway.
+    """How a call's K, V are to travel.
 
     Attributes:
         traffic: which rows go where.
-        required: raise where it is not possible, rather than take the ring.
+        exchange: one of NAMES; None: the copy engine where it is possible.
     """
 
     traffic: Traffic
-    required: bool
+    exchange: str | None
 
 
 class _Group:
@@ -83,7 +83,7 @@ def open_exchange(
     """Return the exchange of one pass. Collective, and a host sync, where memory is new.
 
     Args:
-        route: None for the ring.
+        route: None for the ring, all rows.
         k, v: [B, L, Hk, D], this rank's own. state: dtype of dk, dv as they travel.
         backward: whether the pass returns dk, dv.
 
@@ -91,7 +91,8 @@ def open_exchange(
         NotImplementedError: the route is required and not possible; the same on every rank.
     """
     # One step exchanges nothing, so there is nothing to choose.
-    if route is not None and len(plan.steps) > 1:
+    traffic = None if route is None else route.traffic
+    if route is not None and route.exchange != "ring" and len(plan.steps) > 1:
         member = dist.group.WORLD if group is None else group
         assert member is not None, "check_group has passed"
         ours = _groups.setdefault(member, _Group())
@@ -99,12 +100,12 @@ def open_exchange(
         if not reasons:
             buffers = _buffers(ours, member, k, state)
             return CopyEngineExchange(buffers, route.traffic, plan, k, v, state, backward)
-        if route.required:
+        if route.exchange == "copy-engine":
             raise NotImplementedError(
                 "the copy-engine exchange cannot run on this group, use exchange='ring': "
                 + "; ".join(reasons)
             )
-    return RingExchange(group, plan, k, v, state)
+    return RingExchange(group, plan, k, v, state, traffic)
 
 
 def _reasons(ours: _Group, group: dist.ProcessGroup, device: torch.device) -> list[str]:

@@ -43,8 +43,6 @@ class CopyEngineExchange:
         backward: whether the pass returns dk, dv.
     """
 
-    accumulates = False
-
     def __init__(
         self,
         buffers: PeerBuffers,
@@ -95,6 +93,9 @@ class CopyEngineExchange:
             self._join()
             if not self._backward:
                 self._end()
+
+    def late(self, step: int) -> bool:
+        return False
 
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:

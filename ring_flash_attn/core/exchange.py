@@ -7,20 +7,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.base import GradTarget
+from ..backends.shares import Shares, sum_shares
 from ..utils import RingComm, ShiftComm
-from .packed import DocumentsPlan
-from .plan import RingPlan
+from .packed import DocumentsPlan, DocumentsStep
+from .plan import Interval, RingPlan
+from .traffic import Traffic, hull, rows_to_zero, whole_traffic
 
 
 class Exchange(Protocol):
-    """Bring every source's K, V here, and every share of dK, dV home.
-
-    Attributes:
-        accumulates: whether a step's target holds what earlier ranks have added, which may still
-            be travelling when it is asked for.
-    """
-
-    accumulates: bool
+    """Bring every source's K, V here, and every share of dK, dV home."""
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         """Return k, v of source (rank - step) % P, readable now on the compute stream."""
@@ -28,6 +23,10 @@ class Exchange(Protocol):
 
     def kv_done(self, step: int) -> None:
         """Say that the compute stream will read this step's k, v no more."""
+        ...
+
+    def late(self, step: int) -> bool:
+        """Return whether what a step's target holds may still travel when it is asked for."""
         ...
 
     def dkv_target(self, step: int) -> GradTarget:
@@ -52,20 +51,20 @@ class Exchange(Protocol):
 
 
 class RingExchange:
-    """Pass K, V hop by hop over `RingComm`; dk, dv follow one hop behind as accumulators.
+    """Pass K, V hop by hop over `RingComm`; sums of dk, dv follow one hop behind.
 
-    K and V travel as one flat message; two buffers alternate, so a hop overlaps with the step
-    that reads the other buffer. The accumulators of a source travel with its K, V, and go
-    straight home after the last step. A plan of one step sends nothing.
+    Two buffers alternate, so a hop overlaps with the step that reads the other buffer. A source's
+    readers add to its dk, dv one after the other, and the last sends them straight home, where this
+    rank's own share is added. Only rows that somebody reads travel. A plan of one step sends
+    nothing.
 
     Args:
         group: the ranks of the ring; None for the default group.
         plan: this rank's steps; their number is equal on every rank.
-        k: [B, L, Hk, D], v: [B, L, Hk, Dv], this rank's own, any strides; read.
-        state: dtype of dk, dv as they accumulate and travel.
+        k, v: [B, L, Hk, D], this rank's own, any strides; read.
+        state: dtype of dk, dv as they are summed and travel.
+        traffic: which rows travel; None: all of everyone's.
     """
-
-    accumulates = True
 
     def __init__(
         self,
@@ -74,24 +73,30 @@ class RingExchange:
         k: Tensor,
         v: Tensor,
         state: torch.dtype,
+        traffic: Traffic | None = None,
     ) -> None:
-        self._k, self._v, self._state = k, v, state
-        self._last, self._first_step = len(plan.steps) - 1, plan.steps[0]
+        self._k, self._v, self._state, self._plan = k, v, state, plan
+        self._last = last = len(plan.steps) - 1
+        if traffic is None:
+            assert isinstance(plan, RingPlan), "the traffic of documents says what comes home"
+            traffic = whole_traffic(plan.rank, plan.world_size, last + 1, k.shape[1])
+        self._traffic, self._relay = traffic, traffic.relay
         self._kv: list[Tensor] = []
-        self._dkv: list[Tensor] = []
-        if self._last > 0:
+        self._own: Tensor | None = None
+        self._sums: list[Tensor] = []
+        if last > 0:
             self._kv_comm = RingComm(group)
-            self._dkv_comm = RingComm(group)
-            # After the last step the accumulators of source rank - last are here: bring them home.
-            self._home_comm = ShiftComm(group, -self._last)
+            self._sums_comm = RingComm(group)
+            # After the last step the sums of source rank - last are here: bring them home.
+            self._home_comm = ShiftComm(group, -last)
             self._kv_comm.carries = "K, V"
-            self._dkv_comm.carries = "sums of dK, dV"
+            self._sums_comm.carries = "sums of dK, dV"
             self._home_comm.carries = "dK, dV on their way home"
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
             if self._last > 0:
-                own = torch.cat([self._k.reshape(-1), self._v.reshape(-1)])
+                own = torch.stack((self._k, self._v))
                 self._kv = [own, torch.empty_like(own)]
                 self._send_kv(step)
             return self._k, self._v
@@ -100,49 +105,96 @@ class RingExchange:
             # The other buffer is free: the step that read it was launched before, and the wait
             # above covers its own send.
             self._send_kv(step)
-        return self._split(self._kv[step % 2])
+        rows = self._relay.kv[step]
+        # Rows behind the last that has come hold nothing: the tensors end there.
+        k, v = self._kv[step % 2][:, :, : rows[1] if rows else 0]
+        return k, v
 
     def kv_done(self, step: int) -> None:
         if step == self._last:
             self._kv = []
 
+    def late(self, step: int) -> bool:
+        return step > 1
+
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
-            size = self._k.numel() + self._v.numel()
-            count = 2 if self._last > 0 else 1
-            self._dkv = [
-                torch.empty(size, dtype=self._state, device=self._k.device) for _ in range(count)
-            ]
+            self._own = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
+            return self._stored(self._own, step, (0, self._k.shape[1]))
+        if step == 1:
+            assert self._own is not None, "step 0 comes first"
+            self._sums = [torch.empty_like(self._own) for _ in range(2)]
         else:
-            self._dkv_comm.wait()
-        dk, dv = self._split(self._dkv[step % 2])
-        if step == 0:
-            for begin, end in self._first_step.unseen_k():
-                dk[:, begin:end] = 0
-                dv[:, begin:end] = 0
-        return GradTarget(dk, dv, add=step > 0)
+            self._sums_comm.wait()
+        sums, rows, before = self._sums[step % 2], *self._rows_of_sums(step)
+        if rows is None:
+            return GradTarget(*sums[:, :, :0], add=False)
+        if before is None:
+            return self._stored(sums, step, rows)
+        for begin, end in ((rows[0], before[0]), (before[1], rows[1])):
+            if begin < end:
+                sums[:, :, begin:end] = 0
+        return GradTarget(*sums[:, :, : rows[1]], add=True)
 
     def dkv_done(self, step: int) -> None:
-        if self._last == 0:
+        if step == 0:
             return
-        comm = self._dkv_comm if step < self._last else self._home_comm
-        comm.send_recv(self._dkv[step % 2], self._dkv[(step + 1) % 2])
-        comm.commit()
+        mine, theirs = self._sums[step % 2], self._sums[(step + 1) % 2]
+        leaves, _ = self._rows_of_sums(step)
+        if step < self._last:
+            comm, comes = self._sums_comm, self._relay.arriving[step + 1]
+        else:
+            comm, comes = self._home_comm, self._relay.home
+        comm.transfer(_pieces(mine, leaves), _pieces(theirs, comes))
 
     def finish(self) -> tuple[Tensor, Tensor]:
+        assert self._own is not None, "step 0 comes first"
+        result = torch.empty_like(self._own, dtype=self._k.dtype)
+        shares = Shares(None)
         if self._last > 0:
             self._home_comm.wait()
-        index = (self._last + 1) % 2 if self._last > 0 else 0
-        dk, dv = self._split(self._dkv[index])
-        return dk.to(self._k.dtype), dv.to(self._v.dtype)
+            shares = self._home(self._sums[(self._last + 1) % 2])
+        sum_shares(result, self._own, shares)
+        dk, dv = result
+        return dk, dv
 
     def abandon(self) -> None:
         """Nothing: messages under way end by themselves; the others wait until the timeout."""
 
-    def _send_kv(self, step: int) -> None:
-        self._kv_comm.send_recv(self._kv[step % 2], self._kv[(step + 1) % 2])
-        self._kv_comm.commit()
+    def _home(self, sums: Tensor) -> Shares:
+        """Return what has come home as one share."""
+        first, landed = self._plan.steps[0], sums.unsqueeze(0)
+        if isinstance(first, DocumentsStep):
+            units = hull(self._traffic.returns)
+            return Shares(landed, (units,), self._traffic.units, first.documents.cu_k)
+        return Shares(landed, (self._relay.home,))
 
-    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        size = self._k.numel()
-        return flat[:size].view(self._k.shape), flat[size:].view(self._v.shape)
+    def _rows_of_sums(self, step: int) -> tuple[Interval | None, Interval | None]:
+        """Return the rows of the sums here that readers up to this one add to, and up to before."""
+        return self._relay.leaving[step], self._relay.arriving[step]
+
+    def _stored(self, target: Tensor, step: int, rows: Interval) -> GradTarget:
+        """Return a target to store into, with zeros where the step's kernels store nothing."""
+        for begin, end in self._unstored(step, rows):
+            target[:, :, begin:end] = 0
+        return GradTarget(*target[:, :, : rows[1]], add=False)
+
+    def _unstored(self, step: int, rows: Interval) -> tuple[Interval, ...]:
+        at = self._plan.steps[step]
+        if isinstance(at, DocumentsStep) and step > 0 and not at.meets_all_keys:
+            return (rows,)  # a later reader may add to what this one has no key of
+        return rows_to_zero(at, rows)
+
+    def _send_kv(self, step: int) -> None:
+        mine, theirs = self._kv[step % 2], self._kv[(step + 1) % 2]
+        leaves, comes = self._relay.kv_on[step], self._relay.kv[step + 1]
+        self._kv_comm.transfer(_pieces(mine, leaves), _pieces(theirs, comes))
+
+
+def _pieces(buffer: Tensor, rows: Interval | None) -> list[Tensor]:
+    """Return rows of [2, B, L, Hk, D] as contiguous tensors."""
+    if rows is None:
+        return []
+    if rows == (0, buffer.shape[2]):
+        return [buffer]
+    return [x[slice(*rows)] for x in buffer.flatten(0, 1)]

@@ -27,7 +27,7 @@ class Call:
         plan: this rank's steps. A plan of one step needs no process group.
         backend: who computes a step.
         group: who takes part; None for the default group.
-        route: how K, V travel; None over the ring.
+        route: how K, V travel; None: over the ring, all rows.
     """
 
     attention: Attention

@@ -151,6 +151,16 @@ class DocumentsStep(NamedTuple):
     def sees(self) -> bool:
         return bool(self.plan.steps[self.index].blocks)
 
+    @property
+    def meets_all_keys(self) -> bool:
+        """Whether every unit of a document's keys is in some block."""
+        met = {
+            unit
+            for block in self.plan.steps[self.index].blocks
+            for unit in range(block.k_begin, block.k_end)
+        }
+        return len(met) == self.plan.units
+
     def unseen_q(self) -> tuple[Interval, ...]:
         return ()
 

@@ -142,11 +142,9 @@ def packed_call(
     runs = select_backend(backend, attention, q, k, v)
     documents = Documents(cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], max_seqlen, max_seqlen)
     rank, size, *_ = ranks_of(group)
-    wanted, route = wanted_exchange(exchange), None
+    wanted = wanted_exchange(exchange)
     plan = plan_packed(attention, layout, size, rank)
-    if wanted != "ring":
-        traffic = packed_traffic(attention, layout, size, rank, k.shape[1])
-        route = Route(traffic, required=wanted is not None)
+    route = Route(packed_traffic(attention, layout, size, rank, k.shape[1]), wanted)
     why_read = needs_lengths(runs, plan, documents)
     if why_read or same is not None or not cu_seqlens.is_cuda:
         edges, _ = documents.edges

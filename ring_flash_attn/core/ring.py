@@ -71,7 +71,7 @@ def ring_backward(
                 dq,
                 TargetOnRequest(
                     lambda step=step: exchange.dkv_target(step.step),
-                    late=exchange.accumulates and not step.first,
+                    late=exchange.late(step.step),
                 ),
                 result,
             )
