@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "core.exchange": ("utils", "core.plan", "core.packed", "backends.base"),
     "core.traffic": ("core.plan", "core.packed", "core.attention", "core.layout"),
     "core.transport": (),
+    "core.watchdog": (),
     "core.peer_buffers": ("core.transport",),
     "core.peer_memory": ("core.transport",),
     "core.copy_engine": (
