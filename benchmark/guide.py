@@ -9,7 +9,17 @@ import sys
 from pathlib import Path
 
 import rows
-from report import case_name, kernel_name, layout_name, mask_name
+from report import (
+    best_peers,
+    case_name,
+    case_of,
+    kernel_mask_name,
+    kernel_name,
+    layout_name,
+    mask_name,
+    of_ceiling,
+    times_as_fast,
+)
 
 GUIDE = Path(__file__).resolve().parent.parent / "COMPARISON_GUIDE.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -19,6 +29,7 @@ RERUN = """### How to rerun
 
 ```bash
 python benchmark/benchmark_kernels.py --csv benchmark/results/kernels.csv   # one GPU
+python benchmark/benchmark_kernels.py --preset coverage --csv benchmark/results/kernels.csv
 torchrun --nproc_per_node 4 benchmark/benchmark_comparison.py --csv benchmark/results/ring.csv \\
     --exchanges ring copy-engine --graphs   # --packed batch one stated: documents
 python benchmark/plot.py && python benchmark/guide.py   # the pictures, and this part of the guide
@@ -38,6 +49,11 @@ kernel's time on one GPU for the local length, times P, over the ring's time. Er
 against dense attention in float64. `triton`: what the library runs on this GPU; `triton-portable`:
 what it runs on others. `+ state`: the kernel continues a float32 state or adds to float32
 gradients, as every step of a ring after the first does.
+"""
+COVERAGE = """Share: of the speed of a matrix product of 8192^3 in bfloat16, timed by the same
+process. Best other: the fastest of FlashAttention-2, FlashAttention-3 and cuDNN; the last has
+neither windows nor packed documents here. `stated`: documents of 128 to 16384 tokens in one varlen
+call; tables of documents are filled before. Errors of long cases are those of their first rows.
 """
 PACKED = """`one` is one document of P x L tokens; `stated` as many tokens in documents of 128 to
 16384 tokens: log-uniform, seed 0, multiples of 2P. FLOPs are those of each document's own pairs.
@@ -74,11 +90,11 @@ RING_RUNS = 2  # that the guide shows: one over few cases leaves the one before 
 
 def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
     """Return the part as Markdown. `pictures`: folder of the plots, relative to the guide."""
-    kernels = rows.newest_run(kernel_rows)
+    kernels, covered = (rows.newest_run(x) for x in rows.by_packing(kernel_rows))
     batches, packed = rows.by_packing(ring_rows)
     rings, packed = rows.last_runs(batches, RING_RUNS), rows.newest_run(packed)
     parts = []
-    if not kernels and not rings and not packed:
+    if not kernels and not covered and not rings and not packed:
         parts.append("Nothing is measured yet: `benchmark/results` holds no rows.\n")
     if kernels:
         parts += [f"### One GPU\n\n{_origin(kernels)}\n", _kernels_table(kernels)]
@@ -86,6 +102,10 @@ def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
         parts += [_ratios(kernels, name, f"fa{n}") for n in (3, 2) for name in names]
         parts.append(_ratios(kernels, "triton-portable", "fa2"))
         parts.append(f"![TFLOP/s of one GPU]({pictures}/kernels.svg)\n")
+    if covered:
+        parts += [f"### One GPU, all kinds of cases\n\n{_origin(covered)}\n", COVERAGE]
+        parts.append(_coverage_table(covered))
+        parts.append(f"![TFLOP/s of one GPU over lengths]({pictures}/coverage.svg)\n")
     if rings:
         parts.append("### Rings\n")
         for run in rings:
@@ -130,6 +150,31 @@ def _kernels_table(found: list[Row]) -> str:
     columns = ["B,S,H/Hk,D", "dtype", "mask", "kernels"]
     for pass_ in ("forward", "backward"):
         columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s", "error"]
+    return _markdown(columns, table)
+
+
+def _coverage_table(found: list[Row]) -> str:
+    """Return one line a case: what the library does, and its ratio to the best of the others."""
+    best = best_peers(found)
+    lines: dict[tuple, dict[tuple, Row]] = {}
+    for row in found:
+        if row["impl"] == "triton":
+            key = (case_name(row), row["dtype"], kernel_mask_name(row))
+            lines.setdefault(key, {})[row["pass"], row["state"]] = row
+    table = []
+    for key, of_case in lines.items():
+        line = list(key)
+        for pass_ in ("fwd", "bwd"):
+            row, again = (of_case.get((pass_, state)) for state in ("0", "1"))
+            rival = best.get(case_of(row)) if row else None
+            line += [_ms(row), _number(row, "tflops", "{:.0f}"), of_ceiling(row) if row else ""]
+            line.append(f"{times_as_fast(row, rival)} {rival['impl']}" if rival else "")
+            line += [_number(again, "tflops", "{:.0f}"), _number(row, "rel_err", "{:.1e}")]
+        table.append(line)
+    columns = ["B,S,H/Hk,D", "dtype", "mask"]
+    for pass_ in ("forward", "backward"):
+        columns += [f"{pass_} ms p50 (p20-p80)", "TFLOP/s", "share", "x best other"]
+        columns += ["+ state", "error"]
     return _markdown(columns, table)
 
 

@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 import timing  # makes the library and the oracle importable
 import torch
+from packing import BATCH, Packing
 from torch import Tensor
 
 import oracle
 from ring_flash_attn.backends.aten import AtenBackend
-from ring_flash_attn.backends.base import GradTarget, Saved
+from ring_flash_attn.backends.base import GradTarget, Saved, Step
 from ring_flash_attn.backends.flash import Flash3Backend, Flash4Backend
+from ring_flash_attn.backends.varlen import Varlen, inexpressible, varlen_of
 from ring_flash_attn.core.attention import Attention
+from ring_flash_attn.core.packed import Documents, DocumentsStep, plan_packed
 from ring_flash_attn.core.plan import StepPlan, plan_local
 
 IMPLEMENTATIONS = ("triton", "triton-portable", "fa2", "cudnn", "fa3", "fa4")
@@ -110,21 +113,40 @@ def relative_error(got: tuple[Tensor, ...], want: oracle.Result) -> float:
     return max(oracle.errors(x, y).relative for x, y in zip(got, expected, strict=True))
 
 
-def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
+def documents_step(inputs: Inputs, packing: Packing, step: int = 0) -> DocumentsStep:
+    """Return the packed rows of a batch of one as a step, whose tables are not filled yet.
+
+    Args:
+        step: 0 stores, any other continues a state.
+    """
+    plan = plan_packed(inputs.attention, "contiguous", 1, 0)
+    plan = plan._replace(steps=(plan.steps[0]._replace(step=step),))
+    cu_seqlens = torch.tensor(packing.cu_seqlens, dtype=torch.int32, device=inputs.q.device)
+    rows, longest = inputs.q.shape[1], max(packing.lengths)
+    return DocumentsStep(plan, 0, Documents(cu_seqlens, cu_seqlens, rows, rows, longest, longest))
+
+
+def kernels(impl: str, inputs: Inputs, packing: Packing | None = None) -> list[Kernel]:
     """Return every pass of an implementation.
+
+    Args:
+        packing: the documents in a batch of one; None or `batch` for sequences of their own.
 
     Raises:
         NotImplementedError: it cannot run here or not on these inputs; the message says why.
     """
+    packing = None if packing is None or packing.name == BATCH else packing
     if impl == "triton":
-        return triton_kernels(inputs)
+        return triton_kernels(inputs, packing)
     if impl == "triton-portable":
-        return triton_kernels(inputs, portable=True)
+        return triton_kernels(inputs, packing, portable=True)
     if impl == "cudnn":
+        if packing is not None:
+            raise NotImplementedError("torch's cuDNN attention takes no packed documents")
         return _cudnn_kernels(inputs)
     backend = FLASH[impl]
     _check(backend, inputs)
-    block = inputs.plan.blocks[0]
+    block = inputs.plan.blocks[0] if packing is None else _varlen(backend, inputs, packing)
     attention, (q, k, v) = inputs.attention, inputs[:3]
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -141,27 +163,40 @@ def kernels(impl: str, inputs: Inputs) -> list[Kernel]:
     ]
 
 
-def triton_kernels(inputs: Inputs, portable: bool = False) -> list[Kernel]:
+def _varlen(backend, inputs: Inputs, packing: Packing) -> Varlen:
+    """Return the documents as a flash kernel takes them."""
+    step = documents_step(inputs, packing)
+    reasons = backend.lacks_varlen(inputs.q.device) + inexpressible(step.plan, step.documents)
+    if reasons:
+        raise NotImplementedError("; ".join(reasons))
+    return varlen_of(step)
+
+
+def triton_kernels(
+    inputs: Inputs, packing: Packing | None = None, portable: bool = False, backend=None
+) -> list[Kernel]:
     """Return the kernels that the library runs here, storing and continuing an fp32 state.
 
     Forward that stores writes the input's dtype, as its peers do. Backward is delta, dQ and dKV
-    with float32 gradients.
+    with float32 gradients. The tables of packed documents are filled before: once a call, for all
+    steps, is how the library does it.
 
     Args:
         portable: the portable ones, also where the library has others for the part.
+        backend: a TritonBackend with rows of its own in place of the library's.
 
     Raises:
         NotImplementedError: as kernels.
     """
     from ring_flash_attn.backends.triton import TritonBackend
 
-    impl, backend = "triton", TritonBackend()
+    impl, backend = "triton", backend or TritonBackend()
     if portable:
         impl = "triton-portable"
         backend = TritonBackend(hopper_forward=False, hopper_backward=False)
     _check(backend, inputs)
-    attention, plan = inputs.attention, inputs.plan
-    again = plan._replace(step=1)
+    attention = inputs.attention
+    plan, again = _steps(inputs, packing)
     q, k, v, dout, _ = inputs
     batch, length, heads, _ = q.shape
 
@@ -200,6 +235,13 @@ def triton_kernels(inputs: Inputs, portable: bool = False) -> list[Kernel]:
         Kernel(impl, "bwd", False, backward, backward),
         Kernel(impl, "bwd", True, lambda: backward(sums), add_once),
     ]
+
+
+def _steps(inputs: Inputs, packing: Packing | None) -> tuple[Step, Step]:
+    """Return the step that stores, and the one that continues a state."""
+    if packing is None:
+        return inputs.plan, inputs.plan._replace(step=1)
+    return documents_step(inputs, packing), documents_step(inputs, packing, step=1)
 
 
 def _cudnn_kernels(inputs: Inputs) -> list[Kernel]:

@@ -1,24 +1,50 @@
 """The tables that the benchmarks print, from rows as they go into the CSV files."""
 
+import rows
 from tabulate import tabulate
+
+OURS = ("triton", "triton-portable")
+CASE = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "causal", "window", "packing", "pass")
 
 
 def kernels_table(measured: list[dict]) -> str:
-    """Return a table of rows, each with its speed over FlashAttention-2's of the same case."""
-    case_of = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "causal", "window", "pass")
-    baseline = {tuple(r[c] for c in case_of): r["ms_p50"] for r in measured if r["impl"] == "fa2"}
+    """Return a table of rows, each with its speed over that of its rivals in the same case."""
+    best, flash2 = best_peers(measured), {case_of(x): x for x in measured if x["impl"] == "fa2"}
     lines = []
     for r in measured:
-        base = baseline.get(tuple(r[c] for c in case_of))
-        ratio = f"{base / r['ms_p50']:.2f}" if base else ""
+        ratios = (times_as_fast(r, rivals.get(case_of(r))) for rivals in (flash2, best))
         error = "" if r["rel_err"] is None else f"{r['rel_err']:.2e}"
         quantiles = (f"{r[c]:.3f}" for c in ("ms_p20", "ms_p50", "ms_p80"))
-        speed = (*quantiles, f"{r['tflops']:.0f}", ratio, error)
-        lines.append((case_name(r), mask_name(r), r["pass"], kernel_name(r), *speed))
-    columns = ("B,S,H/Hk,D", "mask", "pass", "kernel", "p20 ms", "p50", "p80")
-    return tabulate(
-        lines, headers=(*columns, "TFLOP/s", "x FA2", "rel. error"), disable_numparse=True
-    )
+        speed = (*quantiles, f"{r['tflops']:.0f}", *ratios, of_ceiling(r), error)
+        lines.append((case_name(r), kernel_mask_name(r), r["pass"], kernel_name(r), *speed))
+    columns = ("B,S,H/Hk,D", "mask", "pass", "kernel", "p20 ms", "p50", "p80", "TFLOP/s", "x FA2")
+    columns += ("x best", "of matmul", "rel. error")
+    return tabulate(lines, headers=columns, disable_numparse=True)
+
+
+def case_of(row: dict) -> tuple[str, ...]:
+    """Return what two rows of a run share if one can be compared with the other."""
+    return tuple(rows.text(row[column]) for column in CASE)
+
+
+def best_peers(measured: list[dict]) -> dict[tuple[str, ...], dict]:
+    """Return the fastest row of each case that is not the library's."""
+    best: dict[tuple[str, ...], dict] = {}
+    for row in measured:
+        known = best.get(case_of(row))
+        if row["impl"] not in OURS and (known is None or _ms(row) < _ms(known)):
+            best[case_of(row)] = row
+    return best
+
+
+def times_as_fast(row: dict, rival: dict | None) -> str:
+    """Return how many times as fast as a rival a row is, "" if there is none."""
+    return f"{_ms(rival) / _ms(row):.2f}" if rival else ""
+
+
+def of_ceiling(row: dict) -> str:
+    """Return the share of the matrix product's speed, "" if that was not timed."""
+    return f"{float(row['tflops']) / float(row['ceiling']):.0%}" if row["ceiling"] else ""
 
 
 def rings_table(measured: list[dict]) -> str:
@@ -66,6 +92,16 @@ def mask_name(row: dict) -> str:
     if row["window"] != "-1:-1":
         return f"window {row['window']}"
     return "causal" if int(row["causal"]) else "full"
+
+
+def kernel_mask_name(row: dict) -> str:
+    """Return the mask, and the packing if it is not a batch."""
+    name = mask_name(row)
+    return name if row["packing"] == "batch" else f"{name}, {row['packing']}"
+
+
+def _ms(row: dict) -> float:
+    return float(row["ms_p50"])
 
 
 def _given(value: float | None, form: str) -> str:

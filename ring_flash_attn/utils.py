@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .ranks import ranks_of
+
 __all__ = [
     "AllGatherComm",
     "RingComm",
@@ -41,20 +43,15 @@ class RingComm:
     def _connect(self, process_group: dist.ProcessGroup | None, offset: int) -> None:
         """Send `offset` ranks ahead, receive from as many ranks behind."""
         self._process_group = process_group
-        self.rank = dist.get_rank(process_group)
-        self.world_size = dist.get_world_size(process_group)
-        self.send_rank = self._global_rank((self.rank + offset) % self.world_size)
-        self.recv_rank = self._global_rank((self.rank - offset) % self.world_size)
+        ranks = ranks_of(process_group)
+        self.rank, self.world_size = ranks.rank, ranks.size
+        self.send_rank = ranks.globally[(self.rank + offset) % self.world_size]
+        self.recv_rank = ranks.globally[(self.rank - offset) % self.world_size]
         self._local = offset % self.world_size == 0
         self._hop = 0
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._requests: list[dist.Work] | None = None
-
-    def _global_rank(self, group_rank: int) -> int:
-        if self._process_group is None:
-            return group_rank
-        return dist.get_global_rank(self._process_group, group_rank)
 
     def send_recv(self, to_send: Tensor, recv_tensor: Tensor | None = None) -> Tensor:
         """Add a pair to the next `commit`.
@@ -127,7 +124,7 @@ class RingComm:
         """Return the pairs to transfer: gloo cannot send CUDA tensors, host copies stand in."""
         if not any(to_send.is_cuda for to_send, _ in self._pairs):
             return self._pairs
-        if "nccl" in dist.get_backend_config(self._process_group).partition("cuda:")[2]:
+        if "nccl" in ranks_of(self._process_group).backends.partition("cuda:")[2]:
             return self._pairs
         _warn_staging()
         self._staged = [

@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from arrivals import early_arrivals
+
 ROOT = Path(__file__).parents[1]
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -71,6 +73,8 @@ class Report:
         tma_loads: bulk tensor copies from global to shared memory in the PTX.
         tma_adds: bulk tensor reductions in global memory in the PTX.
         serialized: ptxas's lines on wgmmas that it could not overlap (C7510 to C7514).
+        early: what stands between an arrival at an mbarrier and the last meeting of the threads
+            that it speaks for, see early_arrivals.
     """
 
     error: str = ""
@@ -83,6 +87,7 @@ class Report:
     tma_loads: int = 0
     tma_adds: int = 0
     serialized: tuple[str, ...] = ()
+    early: tuple[str, ...] = ()
 
 
 def compile_all(jobs: list[Job], seconds: float | None = None) -> list[Report]:
@@ -315,6 +320,7 @@ def _report(compiled, arch: int) -> Report:
         tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
         tma_adds=len(re.findall(r"cp\.reduce\.async\.bulk\.tensor\.\dd\.global.*\.add", ptx)),
         serialized=tuple(line for line in log.splitlines() if re.search(r"C751\d", line)),
+        early=early_arrivals(ptx),
     )
 
 

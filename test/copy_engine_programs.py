@@ -7,7 +7,7 @@ from copy_engine_ranks import CAUSAL, WINDOW, Layer, Member, wrong
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from stream_emulator import World
 
-SIDES = ("caller", "pull", "push")
+SIDES = ("caller", "pull")
 MIXED = [Layer("contiguous"), Layer("contiguous", WINDOW, sign=-1.0), Layer("zigzag", sign=0.5)]
 
 

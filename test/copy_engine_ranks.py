@@ -153,7 +153,7 @@ class Member:
     def poison(self) -> None:
         """Fill what is this rank's own, between passes."""
         for buffers in self._buffers.values():
-            for x in (*buffers.slots, *buffers.shares):
+            for x in buffers.slots:
                 self.transport.do("poison", lambda x=x: x.fill_(torch.nan))
 
     def buffers(self, k: Tensor) -> PeerBuffers:

@@ -171,8 +171,7 @@ class EmulatedTransport:
         self.rank, self.world_size = rank, world.size
         self.caller = world.stream(rank, "caller")
         self.pull_stream = world.stream(rank, "pull")
-        self.push_stream = world.stream(rank, "push")
-        self.idle = None
+        self._idle: object | None = None
         self._world, self._allocated = world, 0
         self._graph: Graph | None = None
         self._eager: set = set()
@@ -196,9 +195,6 @@ class EmulatedTransport:
             graph.close()
         finally:
             self._graph = None
-
-    def current_stream(self) -> Stream:
-        return self.caller
 
     def capturing(self) -> bool:
         return self._graph is not None
@@ -225,13 +221,23 @@ class EmulatedTransport:
 
         self.put(stream, Operation("copy", run))
 
-    def add(self, stream: Stream, target: Tensor, share: Tensor) -> None:
-        self.put(stream, Operation("add", lambda _: target.add_(share)))
+    def open_pass(self) -> Stream:
+        if self._idle is not None and self._graph is None:
+            self.wait(self.caller, self._idle)
+        return self.caller
 
-    def fill(self, stream: Stream, target: Tensor, value: float) -> None:
-        self.put(stream, Operation("fill", lambda _: target.fill_(value)))
+    def close_pass(self, stream: Stream) -> None:
+        if self._graph is None:
+            self._idle = self.record(stream)
 
-    def signal(self, stream: Stream, peer: int, channel: Channel) -> None:
+    def compute(self, work: Callable[[], object]) -> None:
+        self.do("compute", work)
+
+    def signal(self, stream: Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        for peer in peers:
+            self._signal(stream, peer, channel)
+
+    def _signal(self, stream: Stream, peer: int, channel: Channel) -> None:
         box = peer, self.rank, channel
 
         def run(happened: set) -> None:
@@ -241,11 +247,13 @@ class EmulatedTransport:
 
         self.put(stream, Operation(f"signal {channel.name} to {peer}", run))
 
-    def take(self, stream: Stream, peer: int, channel: Channel) -> None:
-        self._await(stream, peer, channel, False)
+    def take(self, stream: Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        for peer in peers:
+            self._await(stream, peer, channel, False)
 
-    def look(self, stream: Stream, peer: int, channel: Channel) -> None:
-        self._await(stream, peer, channel, True)
+    def look(self, stream: Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        for peer in peers:
+            self._await(stream, peer, channel, True)
 
     def _await(self, stream: Stream, peer: int, channel: Channel, full_after: bool) -> None:
         box, mail = (self.rank, peer, channel), self._world.mail

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aot import Job, Report, compile_all
+from arrivals import early_arrivals
 from ring_flash_attn.kernels.configs import (
     _ROWS,
     DTYPES,
@@ -214,6 +215,7 @@ def test_hopper_rows(job: Job):
     assert report.shared <= shared_memory(job.arch)
     assert report.registers == config.registers[0]
     assert report.wgmma and report.tma_loads and not report.mma_sync
+    assert not report.early
 
 
 @pytest.mark.parametrize("job", hopper_backward(), ids=str)
@@ -226,6 +228,27 @@ def test_hopper_backward_rows(job: Job):
     assert report.registers == config.registers[0]
     assert report.wgmma and report.tma_loads and not report.mma_sync
     assert bool(report.tma_adds) == (job.pass_ == "backward")
+    assert not report.early
+
+
+MEETS, ARRIVES = "\tbar.sync \t2, 128;", "\t@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+
+
+@pytest.mark.parametrize(
+    ("between", "early"),
+    [
+        ("\tadd.s32 \t%r1, %r2, 8;", False),
+        ("\tld.shared.v4.b32 \t{%r3, %r4, %r5, %r6}, [%r7];", True),
+        ("\tst.shared.b32 \t[%r7], %r3;", True),
+        ("\twgmma.wait_group.sync.aligned 0;", True),
+        ("\t@!P1 bra.uni waitLoop;", True),
+        ("$L__BB0_7:", True),
+        ("\tbar.arrive %r1, 288;", True),
+    ],
+)
+def test_an_arrival_before_all_have_met_is_found(between: str, early: bool):
+    ptx = "\n".join(["\tst.shared.b32 \t[%r7], %r3;", MEETS, between, ARRIVES])
+    assert early_arrivals(ptx) == ((between.strip(),) if early else ())
 
 
 def test_registers_of_the_hopper_kernels_are_what_a_multiprocessor_has():

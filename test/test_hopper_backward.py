@@ -19,7 +19,8 @@ from gluon_memory import TensorDescriptor
 from ring_flash_attn.backends import hopper, hopper_backward
 from ring_flash_attn.backends import launch as launching
 from ring_flash_attn.backends import triton as triton_backend
-from ring_flash_attn.backends.base import GradTarget, TargetOnRequest
+from ring_flash_attn.backends.base import GradTarget, Saved, TargetOnRequest
+from ring_flash_attn.backends.work import backward_inputs
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
@@ -555,7 +556,10 @@ def test_what_it_can_address():
         return dict.fromkeys(("q", "k", "v", "dout"), x) | changed
 
     def addresses(sources, dq, documents, config=BACKWARD[64]):
-        return hopper_backward.addresses(config, sources, dq, documents)
+        rows = torch.zeros(1, 4, 6)
+        saved = Saved(sources["dout"], sources["q"], rows, None, rows)
+        inputs = backward_inputs(Attention(1.0), saved, sources, documents)
+        return hopper_backward.addresses(config, inputs, dq)
 
     dq = torch.zeros(1, 6, 4, 64)
     for documents in (False, True):

@@ -165,6 +165,8 @@ BUGS = {
     ),
     "K never released": ("    program.k.release(slot)\n", ""),
     "phase of an empty slot": ("turn & 1 ^ 1)", "turn & 1)"),
+    "no wait for the numbers of a tile": ("    await_full(items, slot, tile >> 1)\n", ""),
+    "numbers of a tile never given back": ("    items.release(slot)\n", ""),
     "scores used before they are there": ("    s = warpgroup_mma_wait(1, [s])\n", ""),
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
     "a turn given and not taken": ("        meet(FIRST_TURN)  #", "        pass  #"),

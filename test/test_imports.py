@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "core.peer_memory": ("core.transport",),
     "core.copy_engine": (
         "backends.base",
+        "backends.shares",
         "core.peer_buffers",
         "core.transport",
         "core.traffic",
@@ -85,7 +86,14 @@ MAY_IMPORT = {
         "core.packed",
         "core.attention",
     ),
-    "core.gather": ("backends.base", "utils", "core.plan", "core.packed", "core.attention"),
+    "core.gather": (
+        "backends.base",
+        "ranks",
+        "utils",
+        "core.plan",
+        "core.packed",
+        "core.attention",
+    ),
     "core.function": (
         "core.ring",
         "core.gather",
@@ -97,9 +105,10 @@ MAY_IMPORT = {
         "core.layout",
         "backends.base",
     ),
-    "core.validate": ("core.attention", "core.layout"),
+    "core.validate": ("ranks", "core.attention", "core.layout"),
     "core.agree": ("core.validate", "utils"),
     "core.api": (
+        "ranks",
         "core.agree",
         "core.choose",
         "core.traffic",
@@ -113,6 +122,7 @@ MAY_IMPORT = {
     # The templates of the public functions, which the public modules bind.
     "core.forms": ("core.agree", "core.api", "core.function", "core.validate"),
     "core.packed_api": (
+        "ranks",
         "core.agree",
         "core.api",
         "core.choose",
@@ -138,7 +148,8 @@ MAY_IMPORT = {
         "core.packed_forms",
         "core.validate",
     ),
-    "utils": (),
+    "ranks": (),
+    "utils": ("ranks",),
     "": (*ENTRIES, "core.layout", "core.packed_layout", *PUBLIC),
     **{name: (*ENTRIES, *PUBLIC) for name in PUBLIC if name != "utils"},
     "llama3_flash_attn_varlen": (*ENTRIES, "core.gather_layout", *PUBLIC),

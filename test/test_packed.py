@@ -126,9 +126,8 @@ def check_tables(kind, mask, lengths, size, rank, tile_rows, spare, want, device
     sides = Side(False, tile_rows), Side(True, tile_rows), Side(False, 2 * tile_rows)
     for keys in (False, True):
         for index, step in enumerate(on_device(plan, documents).steps):
-            tiles, entries = (
-                x.tolist() for x in document_tables(step, Side(keys, tile_rows), sides)
-            )
+            table = document_tables(step, Side(keys, tile_rows), sides)
+            tiles, entries = table.tiles[: table.n_tiles].tolist(), table.entries.tolist()
             blocks, covered, works = [], np.zeros(rows + spare, int), []
             for begin, end, first, last, finishes in tiles:
                 assert 0 <= begin <= end <= rows + spare and end - begin <= tile_rows

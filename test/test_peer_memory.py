@@ -25,7 +25,7 @@ from ring_flash_attn.core.peer_memory import PeerMemory, _StreamMemory
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.ring import ring_backward, ring_forward
 from ring_flash_attn.core.traffic import ring_traffic
-from ring_flash_attn.core.transport import FREE
+from ring_flash_attn.core.transport import FREE, Channel
 from simulated_ring import attention_of
 
 CPU = torch.device("cpu")
@@ -54,14 +54,20 @@ class Driver:
     def copy(self, stream, target, source, size):
         ctypes.memmove(target, source, size)
 
-    def write(self, stream, address, value):
-        ctypes.c_int32.from_address(address).value = value
+    prepare = _StreamMemory.prepare
 
-    def wait(self, stream, address, least):
-        begin = time.monotonic()
-        while ctypes.c_int32.from_address(address).value < least:
-            assert time.monotonic() - begin < 20, "ranks wait for each other"
-            time.sleep(1e-4)
+    def run(self, stream, prepared):
+        count, batch = prepared
+        assert count == len(batch)
+        for each in batch:
+            number = ctypes.c_int32.from_address(each.address)
+            if each.operation == peer_memory._WRITE:
+                number.value = each.value
+                continue
+            begin = time.monotonic()
+            while number.value < each.value:
+                assert time.monotonic() - begin < 20, "ranks wait for each other"
+                time.sleep(1e-4)
 
 
 class Host:
@@ -172,7 +178,7 @@ def test_ranks_meet_in_real_mailboxes(host):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
         mail = memory._mail[rank]
         for peer in set(range(host.size)) - {rank}:
-            assert mail[peer].tolist() == [int(c in FREE) for c in range(4)]
+            assert mail[peer].tolist() == [int(channel in FREE) for channel in Channel]
 
 
 def test_nothing_is_allocated_while_a_graph_is_captured(host, monkeypatch):
@@ -188,13 +194,45 @@ def test_nothing_is_allocated_while_a_graph_is_captured(host, monkeypatch):
             allocate((2, 2), torch.float32)
 
 
+def test_a_captured_pass_is_not_tied_to_calls_outside(host, monkeypatch):
+    """CUDA refuses a wait for an event from outside a capture, and one outside for one of it."""
+
+    def work(rank):
+        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
+        host.barrier.wait()
+        return memory
+
+    memory, waited = on_threads(host, work)[0], []
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: waited.append(event))
+    memory.close_pass(memory.open_pass())
+    assert waited == [], "there was no pass before"
+    before = memory.record(memory.open_pass())
+    assert len(waited) == 1
+    memory.close_pass(Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = [memory.record(memory.open_pass()) for _ in range(2)]
+    assert len(waited) == 1 and before not in captured and captured[0] is not captured[1]
+    memory.close_pass(Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert memory.record(memory.open_pass()) is before, "events are used again"
+    assert waited[1] is waited[0] and waited[0] not in (before, *captured)
+
+
 def test_an_error_of_the_driver_is_named():
     memory = object.__new__(_StreamMemory)
-    memory._write = memory._wait = lambda *arguments: 801
-    with pytest.raises(RuntimeError, match=r"cuStreamWriteValue32 failed with .* 801"):
-        memory.write(Stream(), 0, 1)
-    with pytest.raises(RuntimeError, match=r"cuStreamWaitValue32 failed with .* 801"):
-        memory.wait(Stream(), 0, 1)
+    memory._batch = memory._copy = lambda *arguments: 801
+    with pytest.raises(RuntimeError, match=r"cuStreamBatchMemOp failed with .* 801"):
+        memory.run(Stream(), memory.prepare([(1, 0, 1)]))
+    with pytest.raises(RuntimeError, match=r"cuMemcpyAsync failed with .* 801"):
+        memory.copy(Stream(), 0, 0, 1)
+
+
+def test_a_batch_lies_in_memory_as_the_driver_reads_it():
+    """CUstreamBatchMemOpParams of cuda.h: 48 bytes, the kind, the address, the number, flags 0."""
+    memory = object.__new__(_StreamMemory)
+    count, batch = memory.prepare([(1, 0x1122334455, 1), (2, 0x66, 0)])
+    words = (ctypes.c_uint64 * 12).from_buffer(batch)
+    assert (count, list(words)) == (2, [1, 0x1122334455, 1, 0, 0, 0, 2, 0x66, 0, 0, 0, 0])
 
 
 def test_multicast_is_off_while_memory_is_allocated(monkeypatch):

@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 import ring_flash_attn as rfa
 from ranks import run_ranks
+from ring_flash_attn.core import validate
 from ring_flash_attn.core.validate import check_transport
+from ring_flash_attn.ranks import Ranks
 from ring_flash_attn.ring_flash_attn import ring_flash_attn_backward, ring_flash_attn_forward
 
 
@@ -223,10 +225,13 @@ def test_triton_on_cpu_tensors_says_how_to_turn_the_interpreter_on(monkeypatch):
 
 
 def test_a_group_that_cannot_send_the_tensors(monkeypatch):
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    def group_of(size, backends):
+        monkeypatch.setattr(validate, "ranks_of", lambda group: Ranks(0, size, (), backends))
+
+    group_of(1, "cuda:nccl")
     check_transport(None, torch.zeros(1))  # one rank sends nothing
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    group_of(2, "cuda:nccl")
     with pytest.raises(ValueError, match=r"group must be able to send q's device cpu, got .*nccl"):
         check_transport(None, torch.zeros(1))
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    group_of(2, "cpu:gloo,cuda:nccl")
     check_transport(None, torch.zeros(1))

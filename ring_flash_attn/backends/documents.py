@@ -42,10 +42,16 @@ class Side(NamedTuple):
     tile_rows: int
 
 
-def document_tables(
-    step: DocumentsStep, side: Side, sides: tuple[Side, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return tiles [n, 5] and entries [m, 4], int32, of a step.
+class Table(NamedTuple):
+    """Tiles [at least n, 5] and entries [m, 4] of a step, int32 on the device; n."""
+
+    tiles: Tensor
+    entries: Tensor
+    n_tiles: int
+
+
+def document_tables(step: DocumentsStep, side: Side, sides: tuple[Side, ...]) -> Table:
+    """Return the table of a step.
 
     The first step that asks fills those of every step of the call and of all its sides, forward and
     backward, in two launches. Tiles are padded to what a step has at most, with tiles of no rows.
@@ -58,7 +64,7 @@ def document_tables(
     filled = documents.tables.get((id(plan), sides))
     if filled is None:
         filled = documents.tables[id(plan), sides] = _Filled(plan, documents, sides)
-    return filled.table(step.index, side)
+    return filled.tables[side][step.index]
 
 
 class _Filled:
@@ -66,21 +72,20 @@ class _Filled:
 
     Args:
         plan: kept, so that no other gets its identity.
+
+    Attributes:
+        tables: those of each side, by step.
     """
 
     def __init__(self, plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> None:
-        self._plan, self._documents, self._sides = plan, documents, sides
-        self._tiles, self._entries = _fill(plan, documents, sides)
-        self._known: dict[tuple[int, Side], tuple[Tensor, Tensor]] = {}
-
-    def table(self, index: int, side: Side) -> tuple[Tensor, Tensor]:
-        """Return tiles and entries of a step."""
-        if (index, side) not in self._known:
-            plan = self._plan
-            table = self._sides.index(side) * len(plan.steps) + index
-            n_tiles = _most_tiles(plan.steps[index], plan.units, self._documents, side)
-            self._known[index, side] = self._tiles[table, :n_tiles], self._entries[table]
-        return self._known[index, side]
+        self._plan = plan
+        tiles, entries = _fill(plan, documents, sides)
+        counts = _tile_counts(plan, sides, documents.q_len, documents.k_len, len(documents))
+        # All at once: each view by itself would cost the host several microseconds.
+        each = zip(tiles.unbind(), entries.unbind(), counts, strict=True)
+        in_order = [Table(*x) for x in each]
+        n = len(plan.steps)
+        self.tables = {side: in_order[i * n : (i + 1) * n] for i, side in enumerate(sides)}
 
 
 def _fill(plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> tuple[Tensor, Tensor]:
@@ -110,13 +115,19 @@ def _fill(plan: PackedPlan, documents: Documents, sides: tuple[Side, ...]) -> tu
     return tiles.view(tables, n_slots, 5), entries.view(tables, -1, 4)
 
 
-def _most_tiles(step: PackedStep, units: int, documents: Documents, side: Side) -> int:
-    """Return how many tiles a step has at most, whatever the lengths."""
-    parts = _parts(step, side.keys)
-    length = documents.k_len if side.keys else documents.q_len
-    # At step 0 the rows of no document have tiles too.
-    share = 1 if step.step == 0 else sum(end - begin for begin, end in parts) / units
-    return int(length * share) // side.tile_rows + len(parts) * len(documents) + 2
+@lru_cache(maxsize=512)
+def _tile_counts(
+    plan: PackedPlan, sides: tuple[Side, ...], q_len: int, k_len: int, n_docs: int
+) -> list[int]:
+    """Return how many tiles each table has at most, whatever the lengths."""
+
+    def most(side: Side, step: PackedStep) -> int:
+        parts, length = _parts(step, side.keys), k_len if side.keys else q_len
+        # At step 0 the rows of no document have tiles too.
+        share = 1 if step.step == 0 else sum(end - begin for begin, end in parts) / plan.units
+        return int(length * share) // side.tile_rows + len(parts) * n_docs + 2
+
+    return [most(side, step) for side in sides for step in plan.steps]
 
 
 @lru_cache(maxsize=4096)

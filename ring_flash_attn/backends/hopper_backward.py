@@ -21,7 +21,7 @@ from .base import GradTarget, Saved, Step
 from .descriptors import Like, addressable, like
 from .documents import Side
 from .launch import ADDRESS, Described, Launch, strides, targets
-from .work import BackwardInputs, backward_inputs, heads, tables
+from .work import BackwardInputs, heads, tables
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -60,23 +60,19 @@ def unsupported(
 
 
 def addresses(
-    config: BackwardConfig | WideConfig,
-    sources: dict[str, Tensor],
-    dq: Tensor | None,
-    documents: bool,
+    config: BackwardConfig | WideConfig, inputs: BackwardInputs, dq: Tensor | None
 ) -> bool:
     """Return whether the kernels can address these tensors, which views of others may forbid.
 
     Args:
-        sources: q, k, v, dout, each [B, L, H, D].
         dq: the state [B, L, H, D]; None: there is none.
     """
-    tensors = [*sources.values()]
+    tensors = [inputs.q, inputs.k, inputs.v, inputs.dout]
     if isinstance(config, BackwardConfig) and dq is not None:
         if dq.dtype != torch.float32:
             return False
-        tensors.append(dq)
-    return all(addressable(like(x), documents) for x in tensors)
+        tensors.append(like(dq))
+    return all(addressable(x, inputs.documents) for x in tensors)
 
 
 class HopperStep(NamedTuple):
@@ -88,7 +84,7 @@ class HopperStep(NamedTuple):
     step has a float32 dq too.
 
     Attributes:
-        sources: q, k, v, dout by name, their last dimension contiguous.
+        sources: q, k, v, dout by name, their last dimension contiguous. inputs: what they are like.
         queries: what cuts the rows of queries into tiles. sides: all that the call will want.
     """
 
@@ -97,6 +93,7 @@ class HopperStep(NamedTuple):
     step_plan: Step
     saved: Saved
     sources: dict[str, Tensor]
+    inputs: BackwardInputs
     queries: Side
     sides: tuple[Side, ...]
 
@@ -104,11 +101,6 @@ class HopperStep(NamedTuple):
     def keys(self) -> Side:
         """What cuts the rows of keys into tiles."""
         return Side(True, self.config.key_rows)
-
-    @property
-    def documents(self) -> bool:
-        """Whether the rows are packed documents, whose lengths the device knows."""
-        return isinstance(self.step_plan, DocumentsStep)
 
     def run(
         self, dq: Tensor | None, result: Tensor | None, dkv_target: Callable[[], GradTarget]
@@ -183,21 +175,18 @@ class HopperStep(NamedTuple):
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
         rotate = config.rotate and self._full()
-        start = _fused_launch(config, self._inputs(), like(dq), *_likes(target), rotate, copies)
+        start = _fused_launch(config, self.inputs, like(dq), *_likes(target), rotate, copies)
         self._launch(start, self.keys, {"dq": dq, "dk_ptr": target.dk, "dv_ptr": target.dv})
 
     def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
         """Store or add dq, in the result where it is finished."""
-        start = _wide_dq_launch(config, self._inputs(), like(dq), not self.step_plan.first)
+        start = _wide_dq_launch(config, self.inputs, like(dq), not self.step_plan.first)
         self._launch(start, self.queries, {"dq_ptr": dq, "result_ptr": result})
 
     def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
         """Store or add dk and dv."""
-        start = _wide_dkv_launch(config, self._inputs(), *_likes(target))
+        start = _wide_dkv_launch(config, self.inputs, *_likes(target))
         self._launch(start, self.keys, {"dk_ptr": target.dk, "dv_ptr": target.dv})
-
-    def _inputs(self) -> BackwardInputs:
-        return backward_inputs(self.attention, self.saved, self.sources, self.documents)
 
     def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
         """Launch one program for each of a side's tiles and each head."""
@@ -210,7 +199,7 @@ class HopperStep(NamedTuple):
 
         COPIES: so many heads of source are summed for each of the target.
         """
-        q, k = like(self.sources["q"]), like(self.sources["k"])
+        q, k = self.inputs.q, self.inputs.k
         start = _rows_launch(q, k, side, like(source), like(target), **constants)
         self._launch(start, side, {"source_ptr": source, "target_ptr": target})
 

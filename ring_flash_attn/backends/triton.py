@@ -145,21 +145,21 @@ class TritonBackend:
         """As Backend.backward: dq, then dkv_target(), then dk and dv. No blocks: no call."""
         if not step_plan.sees:
             return
-        assert saved.delta is not None, "saved comes from another backend's prepare_backward"
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         documents = isinstance(step_plan, DocumentsStep)
         choices = self._choices(attention, q, documents)
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
+        inputs = backward_inputs(attention, saved, sources, documents)
         config = choices.hopper_backward
         with on(q.device):
-            if config is not None and hopper_backward.addresses(config, sources, dq, documents):
+            if config is not None and hopper_backward.addresses(config, inputs, dq):
+                cut = choices.queries, choices.sides
                 step = hopper_backward.HopperStep(
-                    config, attention, step_plan, saved, sources, choices.queries, choices.sides
+                    config, attention, step_plan, saved, sources, inputs, *cut
                 )
                 step.run(dq, result, dkv_target)
                 return
             dq, result = targets(dq, result)
-            inputs = backward_inputs(attention, saved, sources, documents)
             given = sources | {"lse_ptr": saved.lse, "delta_ptr": saved.delta}
             config = choices.configs["dq"]
             start = portable.dq_launch(config, inputs, like(dq), not step_plan.first)

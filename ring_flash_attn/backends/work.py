@@ -12,7 +12,7 @@ from ..core.plan import Block, Interval
 from ..core.tables import key_tables, query_tables
 from .base import Saved, Step
 from .descriptors import Like, like
-from .documents import Side, document_tables, most_entries
+from .documents import Side, Table, document_tables, most_entries
 from .launch import ADDRESS, NUMBER
 
 # Share of L2 for what the heads in flight read again and again. Gluon prototypes, H100, 2026-11-22:
@@ -117,11 +117,11 @@ def tables(
     """
     if isinstance(step_plan, DocumentsStep):
         wanted = sides if side in sides else (*sides, side)
-        tiles, entries = document_tables(step_plan, side, wanted)
+        table = document_tables(step_plan, side, wanted)
     else:
         finished = () if side.keys else step_plan.finished
-        tiles, entries = _uploaded(step_plan.blocks, finished, side, device)
-    return {"tiles_ptr": tiles, "entries_ptr": entries, "n_tiles": len(tiles)}
+        table = _uploaded(step_plan.blocks, finished, side, device)
+    return {"tiles_ptr": table.tiles, "entries_ptr": table.entries, "n_tiles": table.n_tiles}
 
 
 def one_entry(step_plan: Step, side: Side) -> bool:
@@ -140,8 +140,8 @@ def _most_entries(blocks: tuple[Block, ...], finished: tuple[Interval, ...], til
 @lru_cache(maxsize=512)
 def _uploaded(
     blocks: tuple[Block, ...], finished: tuple[Interval, ...], side: Side, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Build a step's tables on the host and upload them, once a plan.
+) -> Table:
+    """Build a step's table on the host and upload it, once a plan.
 
     The copy blocks, so a table may be read on every stream. One that 511 younger ones have pushed
     out of the cache is freed; the kernels that read it are long done.
@@ -149,4 +149,4 @@ def _uploaded(
     rows = side.tile_rows
     tables = key_tables(blocks, rows) if side.keys else query_tables(blocks, rows, finished)
     tiles, entries = (torch.tensor(x, dtype=torch.int32) for x in (tables.tiles, tables.entries))
-    return tiles.to(device), entries.to(device)
+    return Table(tiles.to(device), entries.to(device), len(tiles))

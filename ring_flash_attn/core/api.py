@@ -4,6 +4,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import select_backend
+from ..ranks import ranks_of
 from .agree import agreement
 from .attention import Attention
 from .choose import Route, wanted_exchange
@@ -99,9 +100,10 @@ def ring_call(
     check_tensors(q, k, v)
     attention = check_attention(q.shape[-1], **options)
     check_transport(group, q)
-    q_layout, k_layout = check_layouts(layout, attention, q, k, dist.get_world_size(group))
+    rank, size, *_ = ranks_of(group)
+    q_layout, k_layout = check_layouts(layout, attention, q, k, size)
     runs = select_backend(backend, attention, q, k, v)
-    wanted, rank = wanted_exchange(exchange), dist.get_rank(group)
+    wanted = wanted_exchange(exchange)
     plan = plan_ring(attention, q_layout, k_layout, rank)
     route = None
     if wanted != "ring":

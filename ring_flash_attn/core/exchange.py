@@ -43,7 +43,7 @@ class Exchange(Protocol):
         ...
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return dk, dv of this rank's own rows, summed over every rank."""
+        """Return dk, dv of this rank's own rows, summed over every rank, in the dtypes of k, v."""
         ...
 
     def abandon(self) -> None:
@@ -130,10 +130,11 @@ class RingExchange:
         comm.commit()
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        if self._last == 0:
-            return self._split(self._dkv[0])
-        self._home_comm.wait()
-        return self._split(self._dkv[(self._last + 1) % 2])
+        if self._last > 0:
+            self._home_comm.wait()
+        index = (self._last + 1) % 2 if self._last > 0 else 0
+        dk, dv = self._split(self._dkv[index])
+        return dk.to(self._k.dtype), dv.to(self._v.dtype)
 
     def abandon(self) -> None:
         """Nothing: messages under way end by themselves; the others wait until the timeout."""

@@ -63,8 +63,7 @@ def run_backward(
     """
     with _pass(call, k, v, backward=True) as exchange:
         saved = call.backend.prepare_backward(dout, out, lse, dlse)
-        dq, dk, dv = ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        return ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
 
 
 @contextmanager

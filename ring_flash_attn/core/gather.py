@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, GradTarget, Saved, state_dtype
+from ..ranks import ranks_of
 from ..utils import AllGatherComm, ReduceScatterComm
 from .attention import Attention
 from .packed import DocumentsPlan
@@ -50,7 +51,7 @@ class _Gather:
         for which, x in enumerate((k, v)):
             by_slice = x[0].unflatten(1, (self._slices, -1)).transpose(0, 1)
             self._own[:, :, which] = by_slice
-        size = dist.get_world_size(call.group)
+        size = ranks_of(call.group).size
         self._buffers = torch.empty((2, size * rows, *row), dtype=k.dtype, device=k.device)
         self._start(0)
 
@@ -73,7 +74,7 @@ class _Scatter:
     def __init__(self, call: GatheredCall, k: Tensor) -> None:
         self._k_slice, self._step = call.k_slice, call.plan.steps[0]
         _, rows, _, head_dim = k.shape
-        size, state = dist.get_world_size(call.group), state_dtype(k.dtype)
+        size, state = ranks_of(call.group).size, state_dtype(k.dtype)
         row = 2, call.heads_k_stride, head_dim
         # A row holds dk and dv, as in _Gather.
         self._whole = torch.empty((2, size * rows, *row), dtype=state, device=k.device)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import needs_lengths, select_backend
+from ..ranks import ranks_of
 from .agree import agreement
 from .api import note_call
 from .choose import Route, wanted_exchange
@@ -140,7 +141,7 @@ def packed_call(
     check_positive("max_seqlen", max_seqlen)
     runs = select_backend(backend, attention, q, k, v)
     documents = Documents(cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], max_seqlen, max_seqlen)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    rank, size, *_ = ranks_of(group)
     wanted, route = wanted_exchange(exchange), None
     plan = plan_packed(attention, layout, size, rank)
     if wanted != "ring":
@@ -189,7 +190,7 @@ def gathered_call(
     check_transport(group, q)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"k must have q's {q.shape[1]} packed rows, got {k.shape[1]}")
-    size, rank, rows = dist.get_world_size(group), dist.get_rank(group), q.shape[1]
+    (rank, size, *_), rows = ranks_of(group), q.shape[1]
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:

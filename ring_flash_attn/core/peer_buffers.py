@@ -1,6 +1,8 @@
 """The memory of the copy-engine exchange, allocated once and used by every pass."""
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from .transport import Transport
 
 SLOTS = 2  # sources whose K, V are here at a time: one read, one arriving
-SHARES = 2  # shares of dk, dv that have not left: one written, one leaving
+_KEPT_VIEWS = 1024
 
 
 class PeerBuffers:
@@ -19,7 +21,6 @@ class PeerBuffers:
     Attributes:
         staged: [2, B, L, Hk, D] of each rank, by rank: its k and v, where the others fetch them.
         slots: tensors like it, of this rank alone: what it fetched.
-        shares: tensors like it in the state's dtype: this rank's dk, dv of another's rows.
         landing: [P - 1, 2, B, L, Hk, D] in the state's dtype, by rank; [step - 1] is where rank
             (owner + step) % P puts its share.
         kept: whether a CUDA graph holds the addresses.
@@ -40,15 +41,51 @@ class PeerBuffers:
         self.staged = transport.shared(self._shape, dtype) if self._peers else []
         slots = range(min(SLOTS, self._peers))
         self.slots = [transport.local(self._shape, dtype) for _ in slots]
-        self.shares: list[Tensor] = []
         self.landing: list[Tensor] = []
+        # A view costs the host as much as an operation on a stream, and passes use the same ones.
+        self._views: dict[tuple, Any] = {}
 
     def open_backward(self) -> None:
         """Allocate what a backward needs beside it, if nobody has yet."""
         if self._peers and not self.landing:
             self.landing = self.transport.shared((self._peers, *self._shape), self._state)
-            shares = range(min(SHARES, self._peers))
-            self.shares = [self.transport.local(self._shape, self._state) for _ in shares]
+
+    def staged_here(self) -> tuple[Tensor, Tensor]:
+        """Return where this rank stages its k and its v."""
+        return self._view("staged", lambda: self.staged[self.transport.rank].unbind())
+
+    def fetched(self, index: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the first `end` rows of k and v in the slot of the index-th source."""
+        slot = index % len(self.slots)
+        return self._view(("slot", slot, end), lambda: self.slots[slot][:, :, :end].unbind())
+
+    def pieces(self, index: int, owner: int, rows: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+        """Return (target, source) of rows on their way from their owner into that slot.
+
+        They are contiguous: others would be copied on an SM.
+        """
+        slot = index % len(self.slots)
+
+        def cut() -> list[tuple[Tensor, Tensor]]:
+            target, source = self.slots[slot], self.staged[owner]
+            if rows == (0, target.shape[2]):
+                return [(target, source)]
+            pairs = zip(target.flatten(0, 1), source.flatten(0, 1), strict=True)
+            return [(to[slice(*rows)], of[slice(*rows)]) for to, of in pairs]
+
+        return self._view(("pieces", slot, owner, rows), cut)
+
+    def share(self, owner: int, step: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the first `end` rows of where this rank's share of dk and dv of a step goes."""
+        key = "share", owner, step, end
+        return self._view(key, lambda: self.landing[owner][step - 1][:, :, :end].unbind())
+
+    def _view(self, key: Any, cut: Callable[[], Any]) -> Any:
+        if key not in self._views:
+            if len(self._views) == _KEPT_VIEWS:
+                self._views.clear()
+            self._views[key] = cut()
+        return self._views[key]
 
 
 def copy_engine_bytes(
@@ -63,7 +100,7 @@ def copy_engine_bytes(
     With n = P - 1 peers and s the elements of k and v together, s = 2 B L Hk D:
 
         forward     s * (1 + min(2, n)) * bytes of the input's dtype
-        backward    s * (n + min(2, n)) * bytes of the state's dtype, on top
+        backward    s * n * bytes of the state's dtype, on top
 
     One rank allocates nothing. Not counted: 16 P bytes of mailboxes, and what an allocation is
     rounded up to (2 MiB on a GPU).
@@ -76,5 +113,5 @@ def copy_engine_bytes(
         return 0
     total = elements * (1 + min(SLOTS, peers)) * dtype.itemsize
     if backward:
-        total += elements * (peers + min(SHARES, peers)) * state.itemsize
+        total += elements * peers * state.itemsize
     return total

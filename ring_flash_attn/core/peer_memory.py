@@ -8,7 +8,7 @@ programs fill all of them, and a kernel that signals would wait for one to end.
 import ctypes
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from math import prod
@@ -84,11 +84,14 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._group_name, self._device = group.group_name, device
-        # Their operations are short and others wait for them.
+        # Its operations are short and others wait for them.
         self.pull_stream = torch.cuda.Stream(device, priority=-1)
-        self.push_stream = torch.cuda.Stream(device, priority=-1)
-        self.idle: torch.cuda.Event | None = None
+        self._idle: torch.cuda.Event | None = None  # when the last pass of the group is over
+        self._events: list[torch.cuda.Event] = []  # making one costs the host as much as four uses
+        self._recorded = 0
+        self._captured = False
         self._memory = _driver()
+        self._prepared: dict[tuple, Any] = {}
         self._mail = self.shared((self.world_size, len(Channel)), torch.int32)
         own = self._mail[self.rank]
         own.zero_()
@@ -102,9 +105,6 @@ class PeerMemory:
             self._mail.handle.barrier()
         torch.cuda.synchronize(self._device)
 
-    def current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
-
     def capturing(self) -> bool:
         if self._device.index == torch.cuda.current_device():
             return torch.cuda.is_current_stream_capturing()
@@ -112,12 +112,33 @@ class PeerMemory:
             return torch.cuda.is_current_stream_capturing()
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        if self._captured:
+            event = torch.cuda.Event()  # the graph's own
+        else:
+            if self._recorded == len(self._events):
+                self._events.append(torch.cuda.Event())
+            event = self._events[self._recorded]
+            self._recorded += 1
         event.record(stream)
         return event
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         stream.wait_event(event)
+
+    def open_pass(self) -> torch.cuda.Stream:
+        stream = torch.cuda.current_stream(self._device)
+        self._captured = self.capturing()
+        if self._idle is not None and not self._captured:
+            stream.wait_event(self._idle)
+        return stream
+
+    def close_pass(self, stream: torch.cuda.Stream) -> None:
+        if self._captured:
+            return
+        if self._idle is None:
+            self._idle = torch.cuda.Event()
+        self._idle.record(stream)
+        self._recorded = 0
 
     def copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor) -> None:
         if target.is_contiguous() and source.is_contiguous() and target.dtype == source.dtype:
@@ -127,24 +148,17 @@ class PeerMemory:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
 
-    def add(self, stream: torch.cuda.Stream, target: Tensor, share: Tensor) -> None:
-        with torch.cuda.stream(stream):
-            target.add_(share)
+    def compute(self, work: Callable[[], object]) -> None:
+        work()
 
-    def fill(self, stream: torch.cuda.Stream, target: Tensor, value: float) -> None:
-        with torch.cuda.stream(stream):
-            target.fill_(value)
+    def signal(self, stream: torch.cuda.Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        self._mail_operations("signal", stream, peers, channel)
 
-    def signal(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
-        self._memory.write(stream, self._mailbox(peer, self.rank, channel), 1)
+    def take(self, stream: torch.cuda.Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        self._mail_operations("take", stream, peers, channel)
 
-    def take(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
-        mailbox = self._mailbox(self.rank, peer, channel)
-        self._memory.wait(stream, mailbox, 1)
-        self._memory.write(stream, mailbox, 0)
-
-    def look(self, stream: torch.cuda.Stream, peer: int, channel: Channel) -> None:
-        self._memory.wait(stream, self._mailbox(self.rank, peer, channel), 1)
+    def look(self, stream: torch.cuda.Stream, peers: tuple[int, ...], channel: Channel) -> None:
+        self._mail_operations("look", stream, peers, channel)
 
     def shared(self, shape: Sequence[int], dtype: torch.dtype) -> "_Shared":
         from torch.distributed import _symmetric_memory as symmetric
@@ -165,6 +179,25 @@ class PeerMemory:
     def local(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self._refuse_capture()
         return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def _mail_operations(
+        self, name: str, stream: torch.cuda.Stream, peers: tuple[int, ...], channel: Channel
+    ) -> None:
+        if not peers:
+            return
+        key = name, peers, channel
+        if key not in self._prepared:
+            operations = []
+            for peer in peers:
+                if name == "signal":
+                    operations.append((_WRITE, self._mailbox(peer, self.rank, channel), 1))
+                    continue
+                mailbox = self._mailbox(self.rank, peer, channel)
+                operations.append((_WAIT, mailbox, 1))
+                if name == "take":
+                    operations.append((_WRITE, mailbox, 0))
+            self._prepared[key] = self._memory.prepare(operations)
+        self._memory.run(stream, self._prepared[key])
 
     def _mailbox(self, of: int, sender: int, channel: Channel) -> int:
         return self._mail[of].data_ptr() + 4 * (sender * len(Channel) + channel)
@@ -200,7 +233,7 @@ def _without_multicast() -> Iterator[None]:
 
 
 class _StreamMemory:
-    """The driver's operations on streams: write a number, wait for one, copy bytes.
+    """The driver's operations on streams: write numbers, wait for numbers, copy bytes.
 
     A write is fenced behind the stream's earlier work.
     """
@@ -208,21 +241,45 @@ class _StreamMemory:
     def __init__(self) -> None:
         library = ctypes.CDLL("libcuda.so.1")
         pointer, size = ctypes.c_uint64, ctypes.c_size_t
-        of_value = [ctypes.c_void_p, pointer, ctypes.c_uint32, ctypes.c_uint]
-        self._write = _function(library, "cuStreamWriteValue32", of_value)
-        self._wait = _function(library, "cuStreamWaitValue32", of_value)
+        of_batch = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+        self._batch = _function(library, "cuStreamBatchMemOp", of_batch)
         of_copy = [pointer, pointer, size, ctypes.c_void_p]
         self._copy = _function(library, "cuMemcpyAsync", of_copy)
 
-    def write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        _check("cuStreamWriteValue32", self._write(stream.cuda_stream, address, value, 0))
+    def prepare(self, operations: list[tuple[int, int, int]]) -> tuple[int, Any]:
+        """Return (_WAIT or _WRITE, address, number) of each as `run` takes them.
 
-    def wait(self, stream: torch.cuda.Stream, address: int, least: int) -> None:
-        _check("cuStreamWaitValue32", self._wait(stream.cuda_stream, address, least, 0))
+        A wait is for at least the number.
+        """
+        batch = (_BatchMemOp * len(operations))()
+        for place, (operation, address, number) in zip(batch, operations, strict=True):
+            place.operation, place.address, place.value = operation, address, number
+        return len(operations), batch
+
+    def run(self, stream: torch.cuda.Stream, prepared: tuple[int, Any]) -> None:
+        status = self._batch(stream.cuda_stream, *prepared, 0)
+        _check("cuStreamBatchMemOp", status)
 
     def copy(self, stream: torch.cuda.Stream, target: int, source: int, size: int) -> None:
         status = self._copy(target, source, size, stream.cuda_stream)
         _check("cuMemcpyAsync", status)
+
+
+# CU_STREAM_MEM_OP_WAIT_VALUE_32 (with flags 0: greater or equal), CU_STREAM_MEM_OP_WRITE_VALUE_32
+_WAIT, _WRITE = 1, 2
+
+
+class _BatchMemOp(ctypes.Structure):
+    """CUstreamBatchMemOpParams, a union of 48 bytes, as its waits and writes of 32 bits use it."""
+
+    _fields_ = (
+        ("operation", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("alias", ctypes.c_uint64),
+        ("pad", ctypes.c_uint64),
+    )
 
 
 def _function(library: ctypes.CDLL, name: str, arguments: list[Any]) -> Any:

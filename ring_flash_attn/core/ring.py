@@ -55,7 +55,7 @@ def ring_backward(
         q: [B, L, H, D], read.
 
     Returns:
-        dq [B, L, H, D] in q's dtype; dk, dv [B, L, Hk, D] in the state's dtype.
+        dq [B, L, H, D] in q's dtype; dk, dv [B, L, Hk, D] in those of k and v.
     """
     dq, result = _state_and_result(plan, q)
     for step in plan.steps:

@@ -22,12 +22,34 @@ class Traffic(NamedTuple):
     Attributes:
         pulls: rows of the source (rank - step) % P that this rank reads.
         lends: rows of this rank that rank (rank + step) % P reads at its step.
+        units: equal parts that a document has on a rank; 0 where there are no documents.
+        returns: of documents on the device, the units [begin, end) of each whose dk, dv that reader
+            hands back, by step.
     """
 
     rank: int
     world_size: int
     pulls: tuple[Interval | None, ...]
     lends: tuple[Interval | None, ...]
+    units: int = 0
+    returns: tuple[Interval | None, ...] = ()
+
+    @property
+    def fetched(self) -> tuple[int, ...]:
+        """The steps at which this rank reads something, in order."""
+        return tuple(step for step, rows in enumerate(self.pulls) if rows is not None)
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """The ranks that read this rank's K, V, by step."""
+        return tuple(self.reader(step) for step, rows in enumerate(self.lends) if rows is not None)
+
+    @property
+    def bystanders(self) -> tuple[int, ...]:
+        """The other ranks that do not."""
+        readers = self.readers
+        ranks = (self.reader(step) for step in range(1, self.world_size))
+        return tuple(rank for rank in ranks if rank not in readers)
 
     def source(self, step: int) -> int:
         """Return the rank whose K, V this rank reads at a step."""
@@ -52,10 +74,11 @@ def rows_read(step: StepPlan) -> Interval | None:
 def rows_to_zero(step: StepPlan | DocumentsStep, rows: Interval) -> tuple[Interval, ...]:
     """Return the rows within `rows` that a step's dk, dv are not stored into.
 
-    With documents on the device that is known at step 0 alone, which stores into every row.
+    With documents on the device none: step 0 stores into every row, and of the others' shares the
+    owner reads only what they have stored.
     """
     if isinstance(step, DocumentsStep):
-        return () if step.first else (rows,)
+        return ()
     cut = [(max(begin, rows[0]), min(end, rows[1])) for begin, end in step.unseen_k()]
     return tuple((begin, end) for begin, end in cut if begin < end)
 
@@ -82,6 +105,14 @@ def packed_traffic(
     def rows(reader: int, step: int) -> Interval | None:
         return (0, k_len) if plans[reader].steps[step].blocks else None
 
+    def seen(step: int) -> Interval | None:
+        blocks = plans[(rank + step) % world_size].steps[step].blocks
+        if not blocks:
+            return None
+        return min(b.k_begin for b in blocks), max(b.k_end for b in blocks)
+
     pulls = [rows(rank, step) for step in steps]
     lends = [rows((rank + step) % world_size, step) for step in steps]
-    return Traffic(rank, world_size, (None, *pulls), (None, *lends))
+    returns = [seen(step) for step in steps]
+    units = plans[rank].units
+    return Traffic(rank, world_size, (None, *pulls), (None, *lends), units, (None, *returns))

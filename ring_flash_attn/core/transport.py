@@ -4,7 +4,7 @@ One small seam, so that the exchange itself runs on GPUs (`peer_memory.PeerMemor
 on an emulator of asynchronous streams.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -17,17 +17,16 @@ class Channel(IntEnum):
 
     It holds 0 or 1. Who sends writes 1, who takes waits for 1 and writes 0. That needs no counter,
     so it can be captured in a CUDA graph; but nobody may write into a mailbox that is not taken
-    yet. So each channel that says "the data is there" is paired with one that says "its place is
-    free", which its sender takes first. Free ones start at 1.
+    yet. So KV_READY is paired with KV_FREE, which starts at 1 and which its sender takes first, and
+    ARRIVED follows a KV_READY that its reader sends after the last sum.
     """
 
     KV_READY = 0  # owner -> reader: K, V are staged
     KV_FREE = 1  # reader -> owner: they have been pulled
     ARRIVED = 2  # contributor -> owner: dk, dv lie in the landing slot
-    LAND_FREE = 3  # owner -> contributor: the landing slot has been summed
 
 
-FREE = (Channel.KV_FREE, Channel.LAND_FREE)
+FREE = (Channel.KV_FREE,)
 
 
 class Transport(Protocol):
@@ -36,18 +35,22 @@ class Transport(Protocol):
     Operations are put on a stream and run when it comes to them; none of them waits on the host.
 
     Attributes:
-        pull_stream, push_stream: this rank's side streams.
-        idle: happens when the last pass of the group is over; None before the first.
+        pull_stream: this rank's side stream.
     """
 
     rank: int
     world_size: int
     pull_stream: Any
-    push_stream: Any
-    idle: Any
 
-    def current_stream(self) -> Any:
-        """Return the caller's stream."""
+    def open_pass(self) -> Any:
+        """Return the caller's stream, held until the group's last pass is over.
+
+        That may have run on another stream of the caller. What a CUDA graph captures is not held.
+        """
+        ...
+
+    def close_pass(self, stream: Any) -> None:
+        """Say that the pass is over when `stream` has done all that was put on it so far."""
         ...
 
     def capturing(self) -> bool:
@@ -55,7 +58,10 @@ class Transport(Protocol):
         ...
 
     def record(self, stream: Any) -> Any:
-        """Return an event that happens when `stream` has done all that was put on it so far."""
+        """Return an event that happens when `stream` has done all that was put on it so far.
+
+        It may be waited for until the pass is closed.
+        """
         ...
 
     def wait(self, stream: Any, event: Any) -> None:
@@ -66,20 +72,20 @@ class Transport(Protocol):
         """Copy between tensors of one shape, of which one may be a peer's."""
         ...
 
-    def add(self, stream: Any, target: Tensor, share: Tensor) -> None: ...
-
-    def fill(self, stream: Any, target: Tensor, value: float) -> None: ...
-
-    def signal(self, stream: Any, peer: int, channel: Channel) -> None:
-        """Write 1 into a peer's mailbox, behind all that `stream` has done."""
+    def compute(self, work: Callable[[], object]) -> None:
+        """Do work on the caller's stream."""
         ...
 
-    def take(self, stream: Any, peer: int, channel: Channel) -> None:
-        """Hold `stream` until a peer has signalled, and empty the mailbox."""
+    def signal(self, stream: Any, peers: tuple[int, ...], channel: Channel) -> None:
+        """Write 1 into the mailboxes of peers, behind all that `stream` has done."""
         ...
 
-    def look(self, stream: Any, peer: int, channel: Channel) -> None:
-        """Hold `stream` until a peer has signalled, and leave the mailbox full."""
+    def take(self, stream: Any, peers: tuple[int, ...], channel: Channel) -> None:
+        """Hold `stream` until the peers have signalled, and empty the mailboxes."""
+        ...
+
+    def look(self, stream: Any, peers: tuple[int, ...], channel: Channel) -> None:
+        """Hold `stream` until the peers have signalled, and leave the mailboxes full."""
         ...
 
     def shared(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ranks import ranks_of
 from .attention import Attention
 from .layout import Layout
 
@@ -120,20 +121,22 @@ def check_group(group: dist.ProcessGroup | None) -> int:
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group must hold this rank, got a group of other ranks")
         raise TypeError(f"group must be a ProcessGroup or None, got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
+    ranks = ranks_of(group)
+    if ranks.rank < 0:
         raise ValueError(
-            f"group must hold this rank, got ranks {dist.get_process_group_ranks(group)} "
-            f"on rank {dist.get_rank()}"
+            f"group must hold this rank, got ranks {list(ranks.globally)} on rank {dist.get_rank()}"
         )
-    return dist.get_world_size(group)
+    return ranks.size
 
 
 def check_transport(group: dist.ProcessGroup | None, q: Tensor) -> None:
     """Raise unless the group can move tensors of q's device: nccl alone moves no CPU tensors."""
-    backends = dist.get_backend_config(group)
-    if q.device.type == "cpu" and "cpu:" not in backends and dist.get_world_size(group) > 1:
+    if q.device.type != "cpu":
+        return
+    ranks = ranks_of(group)
+    if "cpu:" not in ranks.backends and ranks.size > 1:
         raise ValueError(
-            f"group must be able to send q's device cpu, got a group of backends {backends}: "
+            f"group must be able to send q's device cpu, got a group of backends {ranks.backends}: "
             "move the tensors to the GPU, or use a gloo group"
         )
 

@@ -1,0 +1,106 @@
+"""Sum what other ranks have handed in of this rank's dk, dv, in one pass over memory."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.plan import Interval
+from .fold import has_triton
+
+_ROWS, _COLUMNS = 4, 1024  # of a program
+
+
+class Shares(NamedTuple):
+    """Shares of dk, dv, and where they hold numbers.
+
+    Attributes:
+        landed: [n, 2, B, L, Hk, D], contiguous, n at least the number of parts; None: there are
+            none.
+        parts: where each does: rows [begin, end), or units of each document; None: nowhere.
+        units: equal parts of a document.
+        cu_seqlens: [N + 1] int32, on the device, rows of the documents; None: parts are rows.
+    """
+
+    landed: Tensor | None
+    parts: tuple[Interval | None, ...] = ()
+    units: int = 0
+    cu_seqlens: Tensor | None = None
+
+
+def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
+    """Set result to own plus the shares, added in their order and then rounded to its dtype.
+
+    Args:
+        result, own: [2, B, L, Hk, D], contiguous.
+    """
+    if shares.landed is None or not any(shares.parts):
+        result.copy_(own)
+    elif result.is_cuda and has_triton():
+        sum_in_one_pass(result, own, shares)
+    else:
+        total = own.clone()
+        for share, part in zip(shares.landed, shares.parts, strict=False):
+            if part is not None:
+                rows = _rows(shares, part, own.shape[2])
+                total[:, :, rows] += share[:, :, rows]
+        result.copy_(total)
+
+
+def sum_in_one_pass(result: Tensor, own: Tensor, shares: Shares) -> None:
+    """As `sum_shares`, by a kernel."""
+    from .launch import on
+
+    assert shares.landed is not None, "there is nothing to add"
+    start = _launch(tuple(own.shape), shares.parts, shares.units)
+    rows, row = own.shape[:3].numel(), own.shape[3:].numel()
+    given = {
+        "result_ptr": result,
+        "own_ptr": own,
+        "landed_ptr": shares.landed,
+        "cu_ptr": shares.cu_seqlens,
+        "n_docs": 0 if shares.cu_seqlens is None else len(shares.cu_seqlens) - 1,
+    }
+    with on(own.device):
+        start(-(-rows // _ROWS), given, rows=-(-row // _COLUMNS))
+
+
+@lru_cache(maxsize=256)
+def _launch(shape: tuple[int, ...], parts: tuple[Interval | None, ...], units: int) -> Any:
+    """Return the launch for shares of this shape [2, B, L, Hk, D]."""
+    from ..kernels.shares import _sum_kernel  # needs Triton, which other backends do not
+    from .launch import ADDRESS, NUMBER, Launch
+
+    both, batch, length, heads, head_dim = shape
+    arguments = {
+        "result_ptr": ADDRESS,
+        "own_ptr": ADDRESS,
+        "landed_ptr": ADDRESS,
+        "cu_ptr": ADDRESS if units else None,
+        "n_docs": NUMBER,
+        "n_rows": both * batch * length,
+        "length": length,
+        "begins": tuple(0 if part is None else part[0] for part in parts),
+        "ends": tuple(0 if part is None else part[1] for part in parts),
+        "UNITS": units,
+        "SHARES": len(parts),
+        "ROW": heads * head_dim,
+        "ROWS": _ROWS,
+        "COLUMNS": _COLUMNS,
+    }
+    return Launch(_sum_kernel, arguments)
+
+
+def _rows(shares: Shares, part: Interval, length: int) -> Tensor:
+    """Return which of the rows a part covers, [length] bool."""
+    cu_seqlens, rows = shares.cu_seqlens, torch.arange(length)
+    if cu_seqlens is None:
+        return (rows >= part[0]) & (rows < part[1])
+    rows = rows.to(cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
+    inside = (document >= 0) & (document < len(cu_seqlens) - 1)
+    document = document.clamp(0, len(cu_seqlens) - 2)
+    begin = cu_seqlens[document]
+    unit = (cu_seqlens[document + 1] - begin) // shares.units
+    return inside & (rows >= begin + part[0] * unit) & (rows < begin + part[1] * unit)
