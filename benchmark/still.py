@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ring_flash_attn.backends.base import GradTarget
+from ring_flash_attn.backends.shares import Shares, sum_shares
 from ring_flash_attn.core import function
 from ring_flash_attn.core.choose import Route
 from ring_flash_attn.core.plan import Interval
@@ -52,18 +53,18 @@ class StillRing:
     def finish(self) -> tuple[Tensor, Tensor]:
         assert self._dkv is not None, "step 0 comes first"
         dk, dv = self._dkv
-        return dk, dv
+        return dk.to(self._k.dtype), dv.to(self._v.dtype)
 
     def abandon(self) -> None:
         pass
 
 
 class StillCopyEngine:
-    """`CopyEngineExchange` without messages: shares are stored, and the owner sums its own.
+    """`CopyEngineExchange` without messages: shares land here, and are summed here.
 
     What it launches beside the attention kernels, it launches too: zeros where no block stores, and
-    a sum for each share. A contiguous causal rank would have summed as many as others read of its
-    keys; else the numbers are equal. Copies are left out, the staging one as well.
+    the sum of the shares. It sums as many as it has written; over the exchange a contiguous causal
+    rank sums another number of them. Copies are left out, the staging one as well.
 
     Args: as those of `CopyEngineExchange`.
     """
@@ -71,16 +72,15 @@ class StillCopyEngine:
     accumulates = False
 
     def __init__(self, traffic: Traffic, plan, k: Tensor, v: Tensor, state: torch.dtype) -> None:
-        self._traffic, self._steps, self._k, self._v = traffic, plan.steps, k, v
-        self._dkv = [
-            torch.empty((2, *k.shape), dtype=state, device=k.device)
-            for _ in range(1 + min(2, len(plan.steps) - 1))
-        ]
+        self._pulls, self._steps, self._k, self._v = traffic.pulls, plan.steps, k, v
+        self._state = state
+        self._own: Tensor | None = None
+        self._landing: Tensor | None = None
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
             return self._k, self._v
-        end = (self._traffic.pulls[step] or (0, 0))[1]
+        end = (self._pulls[step] or (0, 0))[1]
         return self._k[:, :end], self._v[:, :end]
 
     def kv_done(self, step: int) -> None:
@@ -88,32 +88,35 @@ class StillCopyEngine:
 
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
-            return self._target(self._dkv[0], step, (0, self._k.shape[1]))
-        rows = self._traffic.pulls[step]
+            shape = len(self._steps), 2, *self._k.shape
+            self._own, *_ = both = torch.empty(shape, dtype=self._state, device=self._k.device)
+            self._landing = both[1:]
+            return self._zeroed(self._own, step, (0, self._k.shape[1]))
+        assert self._own is not None and self._landing is not None, "step 0 comes first"
+        rows = self._pulls[step]
         if rows is None:
-            return GradTarget(*self._dkv[0][:, :, :0], add=False)
-        return self._target(self._share(step), step, rows)
+            return GradTarget(*self._own[:, :, :0], add=False)
+        return self._zeroed(self._landing[step - 1][:, :, : rows[1]], step, rows)
 
     def dkv_done(self, step: int) -> None:
-        rows = self._traffic.pulls[step]
-        if rows is not None:
-            part = slice(*rows)
-            self._dkv[0][:, :, part].add_(self._share(step)[:, :, part])
+        pass
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        dk, dv = self._dkv[0]
+        assert self._own is not None, "step 0 comes first"
+        result = torch.empty_like(self._own, dtype=self._k.dtype)
+        sum_shares(result, self._own, Shares(self._landing, self._pulls[1:]))
+        dk, dv = result
         return dk, dv
 
     def abandon(self) -> None:
         pass
 
-    def _share(self, step: int) -> Tensor:
-        return self._dkv[1 + step % (len(self._dkv) - 1)]
-
-    def _target(self, share: Tensor, step: int, rows: Interval) -> GradTarget:
+    def _zeroed(self, share: Tensor, step: int, rows: Interval) -> GradTarget:
+        dk, dv = share
         for begin, end in rows_to_zero(self._steps[step], rows):
-            share[:, :, begin:end].fill_(0.0)
-        return GradTarget(*share, add=False)
+            for x in (dk, dv):
+                x[:, begin:end].zero_()
+        return GradTarget(dk, dv, add=False)
 
 
 @contextmanager
