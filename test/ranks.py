@@ -1,4 +1,4 @@
-"""Run a function on several ranks of a gloo group, one process each, and collect the results."""
+"""Run a function on several ranks of a group, one process each, and collect the results."""
 
 import multiprocessing
 import os
@@ -24,17 +24,20 @@ def run_ranks(
     *args,
     timeout_s: float = 300.0,
     lost: Collection[int] = (),
+    transport: str = "gloo",
 ) -> list:
-    """Call `work(rank, *args)` on every rank inside a gloo group; return the results by rank.
+    """Call `work(rank, *args)` on every rank inside a group; return the results by rank.
 
     `work` must be importable (a module's top level); what it returns must pickle. A rank that
     raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here. Not so
     the ranks `lost`: nobody waits for them, they may die, and their result is the exit code, -9
-    if they lived until the others had ended.
+    if they lived until the others had ended. `transport` is gloo, or nccl: a GPU for each rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            SPAWN.Process(target=_enter, args=(folder, rank, world_size, work, args), daemon=True)
+            SPAWN.Process(
+                target=_enter, args=(folder, rank, world_size, transport, work, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -66,18 +69,25 @@ def run_ranks(
         ]
 
 
-def _enter(folder: str, rank: int, world_size: int, work: Callable, args: tuple) -> None:
+def _enter(
+    folder: str, rank: int, world_size: int, transport: str, work: Callable, args: tuple
+) -> None:
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         quicken()
     os.environ["LOCAL_RANK"] = str(rank)
+    device = None
+    if transport == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group(
-            "gloo",
+            transport,
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=120),
+            device_id=device,
         )
         torch.save(work(rank, *args), Path(folder, f"result{rank}"))
         dist.destroy_process_group()

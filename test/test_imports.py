@@ -62,6 +62,7 @@ MAY_IMPORT = {
     ),
     "core.traffic": ("core.plan", "core.packed", "core.attention", "core.layout"),
     "core.transport": (),
+    "core.watchdog": (),
     "core.peer_buffers": ("core.transport",),
     "core.peer_memory": ("core.transport",),
     "core.copy_engine": (
