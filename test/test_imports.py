@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "core.transport": (),
     "core.watchdog": (),
     "core.peer_buffers": ("core.transport",),
-    "core.peer_memory": ("core.transport",),
+    "core.peer_memory": ("core.transport", "core.watchdog"),
     "core.copy_engine": (
         "backends.base",
         "backends.shares",

@@ -56,6 +56,9 @@ class Driver:
 
     prepare = _StreamMemory.prepare
 
+    def write(self, stream, address, value):
+        ctypes.c_uint32.from_address(address).value = value
+
     def run(self, stream, prepared):
         count, batch = prepared
         assert count == len(batch)
@@ -110,8 +113,12 @@ def host(monkeypatch):
     monkeypatch.setattr(symmetric, "empty", host.empty)
     monkeypatch.setattr(symmetric, "rendezvous", host.rendezvous)
     monkeypatch.setattr(peer_memory, "_driver", Driver)
-    ranks = SimpleNamespace(get_rank=lambda group: group.rank, get_world_size=lambda group: 3)
+    ranks = SimpleNamespace(
+        get_rank=lambda group=None: 0 if group is None else group.rank,
+        get_world_size=lambda group: 3,
+    )
     monkeypatch.setattr(peer_memory, "dist", ranks)
+    monkeypatch.setattr(peer_memory.watchdog, "group_timeout_s", lambda group, device: 600.0)
     # Threads would take it back while another still allocates.
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     return host
@@ -218,13 +225,43 @@ def test_a_captured_pass_is_not_tied_to_calls_outside(host, monkeypatch):
     assert waited[1] is waited[0] and waited[0] not in (before, *captured)
 
 
+def test_a_pass_tells_the_watchdog_that_it_is_over(host, monkeypatch):
+    def work(rank):
+        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
+        host.barrier.wait()
+        return memory
+
+    memory, ended = on_threads(host, work)[0], []
+    watching = memory._watchdog
+    watching._end, watching._clock = ended.append, iter([0.0, 4.0, *range(8, 10000, 4)]).__next__
+    stream = memory.open_pass()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    memory.close_pass(memory.open_pass())
+    assert int(memory._ended) == 0, "a captured pass is not watched"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    memory._captured = False
+    memory.close_pass(stream)
+    assert int(memory._ended) == 1
+    for _ in range(200):
+        watching.look()
+    assert not ended
+    memory.open_pass()
+    monkeypatch.setattr(peer_memory.watchdog, "answer", lambda ask, seconds: "")
+    while not ended:
+        watching.look()
+    assert "pass 2" in ended[0] and "global rank 0, group of 3" in ended[0]
+    memory.close_pass(stream)
+
+
 def test_an_error_of_the_driver_is_named():
     memory = object.__new__(_StreamMemory)
-    memory._batch = memory._copy = lambda *arguments: 801
+    memory._batch = memory._copy = memory._write = lambda *arguments: 801
     with pytest.raises(RuntimeError, match=r"cuStreamBatchMemOp failed with .* 801"):
         memory.run(Stream(), memory.prepare([(1, 0, 1)]))
     with pytest.raises(RuntimeError, match=r"cuMemcpyAsync failed with .* 801"):
         memory.copy(Stream(), 0, 0, 1)
+    with pytest.raises(RuntimeError, match=r"cuStreamWriteValue32 failed with .* 801"):
+        memory.write(Stream(), 0, 1)
 
 
 def test_a_batch_lies_in_memory_as_the_driver_reads_it():

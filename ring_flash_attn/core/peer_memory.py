@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import watchdog
 from .transport import FREE, Channel
 
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"  # read by torch at each allocation
@@ -77,7 +78,8 @@ class PeerMemory:
     behind calls outside it.
 
     Args:
-        group: the ranks; only its name is kept, so that the group can be freed.
+        group: the ranks; only its name is kept, so that the group can be freed. A pass that has not
+            ended after its timeout ends the process (`watchdog`).
         device: this rank's GPU.
     """
 
@@ -97,6 +99,21 @@ class PeerMemory:
         own.zero_()
         own[:, list(FREE)] = 1
         self.settle()
+        self._pass, self._ended = 0, watchdog.word()
+        self._watchdog = self._watch(group) if watchdog.is_wanted() else None
+
+    def _watch(self, group: dist.ProcessGroup) -> "watchdog.Watchdog":
+        """Return a watchdog that looks at what passes write when they end."""
+        name = f"global rank {dist.get_rank()}, group of {self.world_size}"
+        ended, limit = self._ended, watchdog.group_timeout_s(group, self._device)
+        watching = watchdog.Watchdog(
+            name,
+            limit,
+            lambda: watchdog.read(ended),
+            partial(_empty_mailboxes, self._mail[self.rank]),
+        )
+        watchdog.start(watching)
+        return watching
 
     def settle(self) -> None:
         """Wait on the host until every rank's work so far is done."""
@@ -128,7 +145,11 @@ class PeerMemory:
     def open_pass(self) -> torch.cuda.Stream:
         stream = torch.cuda.current_stream(self._device)
         self._captured = self.capturing()
-        if self._idle is not None and not self._captured:
+        if self._captured:
+            return stream
+        if self._watchdog is not None:
+            self._pass = self._watchdog.open("a forward or a backward")
+        if self._idle is not None:
             stream.wait_event(self._idle)
         return stream
 
@@ -137,6 +158,8 @@ class PeerMemory:
             return
         if self._idle is None:
             self._idle = torch.cuda.Event()
+        if self._watchdog is not None:
+            self._memory.write(stream, self._ended.data_ptr(), self._pass)
         self._idle.record(stream)
         self._recorded = 0
 
@@ -210,6 +233,14 @@ class PeerMemory:
             )
 
 
+def _empty_mailboxes(mail: Tensor) -> str:
+    """Say which of a rank's mailboxes [P, channels] are empty; may hang, as its GPU may."""
+    with torch.cuda.stream(torch.cuda.Stream(mail.device)):
+        empty = (mail.cpu() == 0).nonzero().tolist()
+    said = ", ".join(f"{Channel(channel).name} of rank {peer}" for peer, channel in empty)
+    return f"Empty mailboxes: {said}."
+
+
 class _Shared(list[Tensor]):
     """A tensor of each rank, by rank, and the mapping that the peers' live in."""
 
@@ -243,6 +274,8 @@ class _StreamMemory:
         pointer, size = ctypes.c_uint64, ctypes.c_size_t
         of_batch = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
         self._batch = _function(library, "cuStreamBatchMemOp", of_batch)
+        of_value = [ctypes.c_void_p, pointer, ctypes.c_uint32, ctypes.c_uint]
+        self._write = _function(library, "cuStreamWriteValue32", of_value)
         of_copy = [pointer, pointer, size, ctypes.c_void_p]
         self._copy = _function(library, "cuMemcpyAsync", of_copy)
 
@@ -259,6 +292,10 @@ class _StreamMemory:
     def run(self, stream: torch.cuda.Stream, prepared: tuple[int, Any]) -> None:
         status = self._batch(stream.cuda_stream, *prepared, 0)
         _check("cuStreamBatchMemOp", status)
+
+    def write(self, stream: torch.cuda.Stream, address: int, number: int) -> None:
+        status = self._write(stream.cuda_stream, address, number, 0)
+        _check("cuStreamWriteValue32", status)
 
     def copy(self, stream: torch.cuda.Stream, target: int, source: int, size: int) -> None:
         status = self._copy(target, source, size, stream.cuda_stream)
