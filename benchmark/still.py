@@ -16,46 +16,29 @@ from ring_flash_attn.backends.base import GradTarget
 from ring_flash_attn.backends.shares import Shares, sum_shares
 from ring_flash_attn.core import function
 from ring_flash_attn.core.choose import Route
+from ring_flash_attn.core.exchange import RingExchange
 from ring_flash_attn.core.plan import Interval
 from ring_flash_attn.core.traffic import Traffic, rows_to_zero
 
 
-class StillRing:
-    """`RingExchange` without messages: one accumulator stays here, and every step adds to it.
+class StillRing(RingExchange):
+    """`RingExchange` without messages: what it would send it keeps, and nothing comes."""
 
-    Args: as those of `RingExchange`.
-    """
-
-    accumulates = True
-
-    def __init__(self, plan, k: Tensor, v: Tensor, state: torch.dtype) -> None:
-        self._k, self._v, self._first_step = k, v, plan.steps[0]
-        self._state = state
-        self._dkv: Tensor | None = None
+    def _connect(self, group) -> None:
+        self._kv_comm = self._sums_comm = self._home_comm = Silence()
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
-        return self._k, self._v
+        k, _ = super().kv(step)
+        return self._k[:, : k.shape[1]], self._v[:, : k.shape[1]]
 
-    def kv_done(self, step: int) -> None:
+
+class Silence:
+    """A `RingComm` that moves nothing."""
+
+    def transfer(self, sends: list[Tensor], receives: list[Tensor]) -> None:
         pass
 
-    def dkv_target(self, step: int) -> GradTarget:
-        if step == 0:
-            self._dkv = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
-            for begin, end in self._first_step.unseen_k():
-                self._dkv[:, :, begin:end] = 0
-        assert self._dkv is not None, "step 0 comes first"
-        return GradTarget(*self._dkv, add=step > 0)
-
-    def dkv_done(self, step: int) -> None:
-        pass
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        assert self._dkv is not None, "step 0 comes first"
-        dk, dv = self._dkv
-        return dk.to(self._k.dtype), dv.to(self._v.dtype)
-
-    def abandon(self) -> None:
+    def wait(self) -> None:
         pass
 
 
@@ -68,8 +51,6 @@ class StillCopyEngine:
 
     Args: as those of `CopyEngineExchange`.
     """
-
-    accumulates = False
 
     def __init__(self, traffic: Traffic, plan, k: Tensor, v: Tensor, state: torch.dtype) -> None:
         self._pulls, self._steps, self._k, self._v = traffic.pulls, plan.steps, k, v
@@ -85,6 +66,9 @@ class StillCopyEngine:
 
     def kv_done(self, step: int) -> None:
         pass
+
+    def late(self, step: int) -> bool:
+        return False
 
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
@@ -124,8 +108,9 @@ def still() -> Iterator[None]:
     """Let every call inside run its schedule without messages, as the exchange it asks for does."""
 
     def open_still(group, plan, route: Route | None, k, v, state, backward):
-        if route is None:
-            return StillRing(plan, k, v, state)
+        assert route is not None, "public calls have one"
+        if route.exchange != "copy-engine":
+            return StillRing(group, plan, k, v, state, route.traffic)
         return StillCopyEngine(route.traffic, plan, k, v, state)
 
     before = function.open_exchange

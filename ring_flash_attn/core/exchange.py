@@ -78,20 +78,23 @@ class RingExchange:
         self._k, self._v, self._state, self._plan = k, v, state, plan
         self._last = last = len(plan.steps) - 1
         if traffic is None:
-            assert isinstance(plan, RingPlan), "the traffic of documents says what comes home"
+            alone = isinstance(plan, RingPlan) or last == 0
+            assert alone, "the traffic of documents says what comes home"
             traffic = whole_traffic(plan.rank, plan.world_size, last + 1, k.shape[1])
         self._traffic, self._relay = traffic, traffic.relay
         self._kv: list[Tensor] = []
         self._own: Tensor | None = None
         self._sums: list[Tensor] = []
         if last > 0:
-            self._kv_comm = RingComm(group)
-            self._sums_comm = RingComm(group)
-            # After the last step the sums of source rank - last are here: bring them home.
-            self._home_comm = ShiftComm(group, -last)
-            self._kv_comm.carries = "K, V"
-            self._sums_comm.carries = "sums of dK, dV"
-            self._home_comm.carries = "dK, dV on their way home"
+            self._connect(group)
+
+    def _connect(self, group: dist.ProcessGroup | None) -> None:
+        self._kv_comm, self._sums_comm = RingComm(group), RingComm(group)
+        # After the last step the sums of source rank - last are here: bring them home.
+        self._home_comm = ShiftComm(group, -self._last)
+        self._kv_comm.carries = "K, V"
+        self._sums_comm.carries = "sums of dK, dV"
+        self._home_comm.carries = "dK, dV on their way home"
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
