@@ -18,7 +18,7 @@ from ring_flash_attn.backends.base import Backend, state_dtype
 from ring_flash_attn.backends.reference import ReferenceBackend
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
-from ring_flash_attn.core.peer_buffers import PeerBuffers
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.ring import ring_backward, ring_forward
 from ring_flash_attn.core.traffic import ring_traffic
@@ -127,6 +127,7 @@ class Member:
         self._exchange, self._runs = exchange, runs or ReferenceBackend()
         self._device, self._dtype = world.device, dtype
         self._buffers: dict[tuple, PeerBuffers] = {}
+        self._store: PeerStore | None = None
 
     def forward(self, layer: Layer, backend: type = Streamed, **options) -> Held:
         held = self.load(layer)
@@ -159,7 +160,11 @@ class Member:
     def buffers(self, k: Tensor) -> PeerBuffers:
         key = tuple(k.shape), k.dtype
         if key not in self._buffers:
-            self._buffers[key] = PeerBuffers(self.transport, *key, state_dtype(k.dtype))
+            # One memory for all shapes that fit, as `choose` has it.
+            if self._store is None or self._store.elements < 2 * k.numel():
+                state = state_dtype(k.dtype)
+                self._store = PeerStore(self.transport, 2 * k.numel(), k.dtype, state)
+            self._buffers[key] = PeerBuffers(self._store, tuple(k.shape))
         return self._buffers[key]
 
     @contextmanager

@@ -21,33 +21,33 @@ def unset(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
-def test_the_ring_unless_told_otherwise(unset):
-    assert not choose.AUTOMATIC
-    assert wanted_exchange(None) == "ring"
-    assert wanted_exchange("copy-engine") == "copy-engine"
+def test_the_copy_engine_for_triton_where_it_can_the_ring_for_others(unset):
+    assert wanted_exchange(None, "triton") is None
+    for name in ("flash", "aten", "reference"):
+        assert wanted_exchange(None, name) == "ring"
+    for name in ("triton", "aten"):
+        assert wanted_exchange("copy-engine", name) == "copy-engine"
+        assert wanted_exchange("ring", name) == "ring"
 
 
 def test_the_environment_speaks_for_calls_that_do_not(unset, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "copy-engine")
-    assert wanted_exchange(None) == "copy-engine"
-    assert wanted_exchange("ring") == "ring"
-
-
-def test_automatic_where_it_is_the_default(unset, monkeypatch):
-    monkeypatch.setattr(choose, "AUTOMATIC", True)
-    assert wanted_exchange(None) is None
-    assert wanted_exchange("ring") == "ring"
+    for name in ("triton", "aten"):
+        monkeypatch.setenv(ENVIRONMENT, "copy-engine")
+        assert wanted_exchange(None, name) == "copy-engine"
+        assert wanted_exchange("ring", name) == "ring"
+        monkeypatch.setenv(ENVIRONMENT, "ring")
+        assert wanted_exchange(None, name) == "ring"
 
 
 @pytest.mark.parametrize("bad", ["nccl", "", "Ring", 1, True])
 def test_a_bad_name_is_named(bad, unset, monkeypatch):
     expected = f"must be one of ring, copy-engine or unset, got {bad!r}"
     with pytest.raises(ValueError, match=f"^exchange {expected}$"):
-        wanted_exchange(bad)
+        wanted_exchange(bad, "triton")
     if isinstance(bad, str):
         monkeypatch.setenv(ENVIRONMENT, bad)
         with pytest.raises(ValueError, match=f"^{ENVIRONMENT} {expected}$"):
-            wanted_exchange(None)
+            wanted_exchange(None, "triton")
 
 
 def batch(**options):
@@ -136,8 +136,8 @@ def count_gathers(rank):
         with pytest.raises(NotImplementedError):
             batch(exchange="copy-engine")
     decided = count
-    # What is automatic takes the ring where the copy engine cannot run.
-    choose.AUTOMATIC = True
+    # What is automatic takes the ring where there is no GPU, without a word.
+    choose.AUTOMATIC = ("aten", "flash2", "flash3", "flash4", "reference")
     batch()[0].sum().backward()
     return [decided, count]
 
@@ -214,7 +214,7 @@ class Memory:
         return torch.empty(tuple(shape), dtype=dtype)
 
 
-def test_a_group_keeps_a_few_shapes_and_dies_with_its_memory(monkeypatch):
+def test_a_group_s_memory_serves_every_shape_that_fits_and_dies_with_it(monkeypatch):
     monkeypatch.setattr(choose, "PeerMemory", Memory)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -225,23 +225,28 @@ def test_a_group_keeps_a_few_shapes_and_dies_with_its_memory(monkeypatch):
             k = torch.empty(1, rows, 1, 8)
             return choose._buffers(ours, group, k, torch.float32)
 
-        first = buffers(2)
-        assert buffers(2) is first
-        captured = buffers(3)
-        captured.kept = True
-        for rows in range(4, 3 + choose.KEPT_SHAPES):
-            buffers(rows)
-        assert buffers(2) is first, "all fit: one captured and as many as are kept"
+        first, store = buffers(100), ours.stores[CPU, torch.float32]
         memory = ours.memories[CPU]
+        assert buffers(100) is first and store.elements == 2 * 100 * 8
+        assert buffers(7).store is store and buffers(7).staged[0].shape == (2, 1, 7, 1, 8)
+        for rows in range(1, choose.KEPT_SHAPES + 9):
+            assert buffers(rows).store is store
+        assert len(ours.buffers) == choose.KEPT_SHAPES and buffers(100).store is store
         assert memory.settled == 0
-        buffers(99)  # the oldest that no graph holds goes: 4 rows
-        assert memory.settled == 1
-        assert buffers(2) is first and buffers(3) is captured
-        assert [key[1][1] for key in ours.buffers].count(4) == 0
+        # Larger ones, and by so much that the next need not grow it again.
+        grown = buffers(101).store
+        assert grown is not store and grown.elements == 2 * 125 * 8 and memory.settled == 1
+        assert buffers(100).store is grown and buffers(125).store is grown
+        assert {x.store for x in ours.buffers.values()} == {grown} and ours.kept == []
+        other = choose._buffers(ours, group, torch.empty(1, 3, 1, 8).double(), torch.float64)
+        assert other.store is not grown and memory.settled == 1
+        grown.kept = True
+        assert buffers(999).store.elements == 2 * 999 * 8
+        assert ours.kept == [grown], "a graph may be replayed"
 
         gone = weakref.ref(ours)
         dist.destroy_process_group(group)
-        del ours, first, captured, memory, group, buffers
+        del ours, first, store, grown, other, memory, group, buffers
         gc.collect()
         assert gone() is None
     finally:

@@ -5,6 +5,7 @@ with the ring over gloo. Memory that nobody wrote is NaN.
 """
 
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from ranks import run_ranks
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
-from ring_flash_attn.core.peer_buffers import PeerBuffers, copy_engine_bytes
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, copy_engine_bytes
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.traffic import ring_traffic
 from stream_emulator import World
@@ -53,6 +54,9 @@ PROGRAMS = {
     "recompute": partial(recompute, MIXED[::2]),
     "two streams": partial(two_streams, MIXED),
     "two shapes": partial(train, [Layer("zigzag"), Layer("zigzag", local_len=4)]),
+    "three shapes in one memory": partial(
+        train, [Layer("zigzag"), Layer("contiguous", local_len=4), Layer("stripe", local_len=6)]
+    ),
 }
 
 
@@ -183,7 +187,8 @@ def test_the_formula_counts_what_is_allocated(size):
     shape = (2, 64, 4, 16)
     world = World(size)
     ranks = [
-        PeerBuffers(transport, shape, torch.bfloat16, torch.float32) for transport in world.ranks
+        PeerStore(transport, 2 * prod(shape), torch.bfloat16, torch.float32)
+        for transport in world.ranks
     ]
     for backward in (False, True):
         if backward:
@@ -247,7 +252,8 @@ def test_k_and_v_are_staged_before_step_0_and_fetched_behind_its_launch():
     )
     k = torch.zeros(1, 8, 1, 4)
     log = Log()
-    buffers = PeerBuffers(log, tuple(k.shape), k.dtype, torch.float32)
+    store = PeerStore(log, 2 * k.numel(), k.dtype, torch.float32)
+    buffers = PeerBuffers(store, tuple(k.shape))
     exchange = CopyEngineExchange(buffers, traffic, plan, k, k, torch.float32, False)
     exchange.kv(0)
     assert log.calls.count(("copy", "pull")) == 2

@@ -48,7 +48,8 @@ def ring_attention(
         group: the ranks that hold the sequence; None for the default group.
         exchange: how K, V travel: `ring`, hop by hop over torch.distributed, or `copy-engine`,
             straight between the GPUs of one host, see `core.copy_engine`. None: what the
-            environment variable RING_FLASH_ATTN_EXCHANGE says, `ring` if it is not set.
+            environment variable RING_FLASH_ATTN_EXCHANGE says; if it is not set, with backend
+            `triton` the copy engine where every rank can, else the ring.
 
     Returns:
         out [B, L, H, D] in q's dtype and lse [B, H, L], natural log, float32 (float64 for
@@ -103,7 +104,7 @@ def ring_call(
     rank, size, *_ = ranks_of(group)
     q_layout, k_layout = check_layouts(layout, attention, q, k, size)
     runs = select_backend(backend, attention, q, k, v)
-    wanted = wanted_exchange(exchange)
+    wanted = wanted_exchange(exchange, runs.name)
     plan = plan_ring(attention, q_layout, k_layout, rank)
     route = Route(ring_traffic(attention, q_layout, k_layout, rank), wanted)
     if same is not None:
@@ -119,6 +120,7 @@ def note_call(
     same["q shape"] = str(list(q.shape))
     same["k and v shape"] = str(list(k.shape))
     same["dtype"] = str(q.dtype)
+    same["kind of device"] = q.device.type
     same["layout"] = layout
     same["mask and scale"] = str(attention)
 

@@ -16,18 +16,17 @@ from .agree import gather_objects
 from .copy_engine import CopyEngineExchange
 from .exchange import Exchange, RingExchange
 from .packed import DocumentsPlan
-from .peer_buffers import PeerBuffers
+from .peer_buffers import PeerBuffers, PeerStore
 from .peer_memory import PeerMemory, out_of_reach, place_of
 from .plan import RingPlan
 from .traffic import Traffic
 
 NAMES = ("ring", "copy-engine")
 ENVIRONMENT = "RING_FLASH_ATTN_EXCHANGE"
-# Whether a call that does not say takes the copy engine where it can. Off: it has run on 2 GPUs
-# only, and its waits have no timeout.
-AUTOMATIC = False
-# Shapes of k whose memory a group keeps; beyond, the one that was used least recently goes.
-KEPT_SHAPES = 8
+AUTOMATIC = ("triton",)  # backends whose calls take the copy engine where they can, unless told
+KEPT_SHAPES = 64  # of k, whose views a group keeps
+# Where a larger k comes, its memory is taken so many times as large as what was there, at least.
+GROWTH = 1.25
 
 
 class Route(NamedTuple):
@@ -48,16 +47,19 @@ class _Group:
     def __init__(self) -> None:
         self.reasons: dict[torch.device, list[str]] = {}
         self.memories: dict[torch.device, PeerMemory] = {}
+        self.stores: dict[tuple, PeerStore] = {}
+        self.kept: list[PeerStore] = []  # outgrown, but a CUDA graph holds their addresses
         self.buffers: OrderedDict[tuple, PeerBuffers] = OrderedDict()
 
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, _Group] = WeakKeyDictionary()
 
 
-def wanted_exchange(exchange: str | None) -> str | None:
+def wanted_exchange(exchange: str | None, backend: str) -> str | None:
     """Return `ring`, `copy-engine`, or None for the automatic choice.
 
     Args:
+        backend: its name.
         exchange: as the caller says; None: as the environment variable RING_FLASH_ATTN_EXCHANGE
             says, if it is set.
     """
@@ -65,7 +67,7 @@ def wanted_exchange(exchange: str | None) -> str | None:
     if value is None:
         name, value = ENVIRONMENT, os.environ.get(ENVIRONMENT)
     if value is None:
-        return None if AUTOMATIC else "ring"
+        return None if backend in AUTOMATIC else "ring"
     if value not in NAMES:
         raise ValueError(f"{name} must be one of {', '.join(NAMES)} or unset, got {value!r}")
     return value
@@ -92,7 +94,9 @@ def open_exchange(
     """
     # One step exchanges nothing, so there is nothing to choose.
     traffic = None if route is None else route.traffic
-    if route is not None and route.exchange != "ring" and len(plan.steps) > 1:
+    # Without a GPU the automatic choice needs no talk; all ranks compute on one kind of device.
+    possible = route is not None and (route.exchange == "copy-engine" or k.is_cuda)
+    if route is not None and possible and route.exchange != "ring" and len(plan.steps) > 1:
         member = dist.group.WORLD if group is None else group
         assert member is not None, "check_group has passed"
         ours = _groups.setdefault(member, _Group())
@@ -130,17 +134,30 @@ def _buffers(ours: _Group, group: dist.ProcessGroup, k: Tensor, state: torch.dty
     if k.device not in ours.memories:
         ours.memories[k.device] = PeerMemory(group, k.device)
     memory, key = ours.memories[k.device], (k.device, k.shape, k.dtype)
-    if key not in ours.buffers:
-        _make_room(ours, memory)
-        ours.buffers[key] = PeerBuffers(memory, tuple(k.shape), k.dtype, state)
+    store = _store(ours, memory, k, state)
+    if key not in ours.buffers or ours.buffers[key].store is not store:
+        ours.buffers[key] = PeerBuffers(store, tuple(k.shape))
+        if len(ours.buffers) > KEPT_SHAPES:
+            ours.buffers.popitem(last=False)
     ours.buffers.move_to_end(key)
-    buffers = ours.buffers[key]
-    buffers.kept |= memory.capturing()
-    return buffers
+    store.kept |= memory.capturing()
+    return ours.buffers[key]
 
 
-def _make_room(ours: _Group, memory: PeerMemory) -> None:
-    loose = [key for key, buffers in ours.buffers.items() if not buffers.kept]
-    if len(loose) >= KEPT_SHAPES:
+def _store(ours: _Group, memory: PeerMemory, k: Tensor, state: torch.dtype) -> PeerStore:
+    """Return memory that k and v fit in."""
+    key, elements = (k.device, k.dtype), 2 * k.numel()
+    store = ours.stores.get(key)
+    if store is not None and store.elements >= elements:
+        return store
+    if store is not None:
+        elements = max(elements, int(store.elements * GROWTH))
         memory.settle()  # A peer may still be reading it.
-        del ours.buffers[loose[0]]
+        if store.kept:
+            ours.kept.append(store)
+        outgrown = [each for each, x in ours.buffers.items() if x.store is store]
+        for each in outgrown:
+            del ours.buffers[each]
+        del ours.stores[key], store
+    ours.stores[key] = store = PeerStore(memory, elements, k.dtype, state)
+    return store

@@ -142,7 +142,7 @@ def packed_call(
     runs = select_backend(backend, attention, q, k, v)
     documents = Documents(cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], max_seqlen, max_seqlen)
     rank, size, *_ = ranks_of(group)
-    wanted = wanted_exchange(exchange)
+    wanted = wanted_exchange(exchange, runs.name)
     plan = plan_packed(attention, layout, size, rank)
     route = Route(packed_traffic(attention, layout, size, rank, k.shape[1]), wanted)
     why_read = needs_lengths(runs, plan, documents)
