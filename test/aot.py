@@ -249,15 +249,15 @@ def _compile_hopper_backward(job: Job):
         "PRODUCER_REGISTERS": others,
         "BLOCK_M": job.block_m,
     }
-    for name in ("stages", "q_stages", "dout_stages", "ds_stages", "dq_stages", "early"):
+    for name in ("stages", "q_stages", "dout_stages", "dq_stages"):
         constants[name.upper()] = getattr(config, name, None)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
     fused = job.pass_ == "backward"
-    rows, columns = job.block_m if fused else 64, block_d // 2 if job.block_m == 64 else block_d
+    rows = job.block_m if fused else 64
     of_inputs = {"q": rows, "dout": rows, "k": 64, "v": 64}
     boxes = {name: (n, block_d, job.dtype, element) for name, n in of_inputs.items()}
-    boxes["dq"] = 64, columns, "float32", gl.float32
+    boxes["dq"] = rows, block_d, "float32", gl.float32
     signature = {}
     for name in kernel.arg_names:
         if name in boxes:

@@ -10,13 +10,15 @@ The other test/gluon_*.py are its parts.
 
 Modelled: mbarriers (arrivals, parity, transaction bytes), TMA loads, stores and reductions with
 what lies out of bounds, wgmma in flight, named barriers, types and their rounding, int32 wrapping
-and truncating division, atomics, the bounds of every pointer. A deadlock, an arrival too many, an
-access outside of a tensor and a result used too early raise EmulationError; a buffer given away or
-read too early shows as NaN or as wrong numbers.
+and truncating division, atomics, the bounds of every pointer, the fence between a store in shared
+memory and its reading by TMA or wgmma, a linear layout in place of a TMA's swizzle. A deadlock, an
+arrival too many, an access outside of a tensor, a result used too early and a missing fence raise
+EmulationError; a buffer given away or read too early shows as NaN or as wrong numbers.
 
-Not modelled: layouts, swizzles and bank conflicts, registers, proxy fences (fence_async_shared and
-thread_barrier do nothing), races between the threads of a partition, memory ordering between
-programs, Triton's typing of loop-carried variables, clusters, and the accuracy of ex2.approx.
+Not modelled: all other layouts, bank conflicts, registers, thread_barrier (which does nothing),
+races between the threads of a partition, fences before a TMA load overwrites what was read, memory
+ordering between programs, Triton's typing of loop-carried variables, clusters, and the accuracy of
+ex2.approx.
 """
 
 import ast

@@ -44,6 +44,7 @@ def tma_load(
 def tma_store(tensor_desc: TensorDescriptor, coord: Sequence[Any], src: SharedMemory) -> None:
     """Write a box to global memory, but for what lies outside of the descriptor's bounds."""
     _check_box(tensor_desc, src, "TMA store")
+    src.check_fenced("TMA store")
     index, inside = tensor_desc.box(coord, "TMA write")
     here().stores.append(lambda: tensor_desc.memory.write(index, src.values[inside]))
 
@@ -51,6 +52,7 @@ def tma_store(tensor_desc: TensorDescriptor, coord: Sequence[Any], src: SharedMe
 def tma_reduce_add(tensor_desc: TensorDescriptor, coord: Sequence[Any], src: SharedMemory) -> None:
     """Add a box to global memory, but for what lies outside of the descriptor's bounds."""
     _check_box(tensor_desc, src, "TMA reduction")
+    src.check_fenced("TMA reduction")
     index, inside = tensor_desc.box(coord, "TMA write")
     memory = tensor_desc.memory
     here().stores.append(lambda: memory.write(index, memory.read(index) + src.values[inside]))
@@ -110,6 +112,9 @@ def warpgroup_mma(
     (rows, inner), (b_inner, columns) = a.shape, b.shape
     if inner != b_inner or acc.shape != [rows, columns]:
         raise EmulationError(f"wgmma of {a.shape} and {b.shape} into {acc.shape}")
+    for operand in (a, b):
+        if isinstance(operand, SharedMemory):
+            operand.check_fenced("wgmma")
     add = bool(use_acc)
 
     def compute() -> np.ndarray:
@@ -154,17 +159,27 @@ def _landed(dep: Tensor, num_outstanding: int) -> Tensor:
 
 
 _NAMED = re.compile(r"bar\.(sync|arrive) (\d+|\$1), (\d+);(\s*mov\.b32 \$0, \$1;)?")
+_IF = re.compile(r"\{\.reg \.pred p; setp\.ne\.b32 p, \$2, 0; @p (.*) mov\.b32 \$0, \$1;\}")
 _PACK = re.compile(r"cvt\.rn\.(bf16|f16)x2\.f32 \$0, \$([12]), \$([12]);")
 
 
 def inline_asm_elementwise(
     asm: str, constraints: str, args: Sequence[Tensor], dtype: Dtype, is_pure: bool, pack: int
 ) -> Tensor:
-    """Run named barriers (bar.sync, bar.arrive) and the packing of two floats in an int32.
+    """Run named barriers (bar.sync, bar.arrive), also if an operand is not 0, and the packing of
+    two floats in an int32.
 
     Raises:
         NotImplementedError: the asm is another one.
     """
+    conditional = _IF.fullmatch(asm)
+    if conditional:
+        x, condition = args
+        met = condition.values.flat[0]
+        assert (condition.values == met).all(), "every thread must arrive, or none"
+        if not met:
+            return x
+        asm, args = conditional.group(1), [x]
     named, packing = _NAMED.fullmatch(asm.strip()), _PACK.fullmatch(asm.strip())
     if named:
         kind, index, threads = named.group(1), named.group(2), named.group(3)

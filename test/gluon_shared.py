@@ -23,6 +23,21 @@ class Layout:
         return cls(*args, **kwargs)
 
 
+class SharedLinearLayout(Layout):
+    """Says where in shared memory each element lies, by the bits of the place."""
+
+    def __init__(self, offset_bases: Sequence[Sequence[int]], alignment: int = 16) -> None:
+        super().__init__(offset_bases, alignment=alignment)
+        self.offset_bases = offset_bases
+
+    def places(self) -> np.ndarray:
+        """Return [n, rank]: what lies at each place."""
+        found = np.zeros((1, len(self.offset_bases[0])), int)
+        for base in self.offset_bases:
+            found = np.concatenate([found, found ^ np.array(base)])
+        return found
+
+
 class MBarrierLayout(Layout):
     """The layout that makes shared memory one of mbarriers."""
 
@@ -107,7 +122,10 @@ class SharedMemory:
         return self._view(self.values[tuple(parts)])
 
     def _reinterpret(self, dtype: Dtype, shape: Sequence[int], layout: Any) -> "SharedMemory":
-        """Return the same bytes as another type: what one view holds, writing the other spoils."""
+        """Return the same bytes as another type: what one view holds, writing the other spoils.
+
+        With a SharedLinearLayout they are those of a float32 box of the TMA, in other places.
+        """
         shape = [int(size) for size in shape]
         sizes = [
             int(np.prod(n)) * x.primitive_bitwidth
@@ -117,6 +135,8 @@ class SharedMemory:
             raise EmulationError(
                 f"shared memory {self.shape} {self.dtype} is not as large as {shape} {dtype}"
             )
+        if isinstance(layout, SharedLinearLayout):
+            return Rearranged(self, dtype, shape, layout)
         values = self._overlaps.other(self, dtype, shape)
         return SharedMemory(values, dtype, layout, self._overlaps)
 
@@ -137,13 +157,64 @@ class SharedMemory:
             )
         self.spoil_overlapping()
         self.values[...] = value.values
+        self._overlaps.note_store(self.values)
+
+    def check_fenced(self, what: str) -> None:
+        """Raise if TMA or wgmma are to read what a partition has stored and not fenced since."""
+        self._overlaps.check_fenced(self.values, what)
+
+
+class Rearranged(SharedMemory):
+    """A float32 box of the TMA, [.., rows, columns], seen through a SharedLinearLayout."""
+
+    def __init__(
+        self, box: SharedMemory, dtype: Dtype, shape: list[int], layout: SharedLinearLayout
+    ) -> None:
+        if box.dtype is not dtype or dtype.primitive_bitwidth != 32:
+            raise NotImplementedError(f"a linear layout of {dtype} in place of {box.dtype}")
+        super().__init__(box.values.reshape(shape), dtype, layout, box._overlaps)
+        rows, columns = shape
+        if getattr(box.layout, "swizzle_byte_width", 128) != 128 or columns % 32:
+            raise NotImplementedError(f"a linear layout in place of {box.layout}")
+        # The TMA's places: 32 columns of every row, then the next 32, in parts of 16 bytes.
+        block, row, column = np.unravel_index(np.arange(rows * columns), (columns // 32, rows, 32))
+        self._box = row, block * 32 + (column ^ row % 8 * 4)
+        self._seen = tuple(layout.places().T)
+
+    def load(self, layout: Any) -> Tensor:
+        values = np.empty_like(self.values)
+        values[self._seen] = self.values[self._box]
+        return Tensor(values, self.dtype)
+
+    def store(self, value: Tensor) -> None:
+        box = np.empty_like(self.values)
+        box[self._box] = value.values[self._seen]
+        super().store(Tensor(box, value.dtype))
 
 
 class Overlaps:
-    """Views of the same bytes as different types: each in an array of its own."""
+    """Views of the same bytes as different types: each in an array of its own.
+
+    And which of them partitions have stored and not fenced since.
+    """
 
     def __init__(self) -> None:
         self._pairs: dict[tuple, tuple[np.ndarray, Dtype, np.ndarray, Dtype]] = {}
+        self._unfenced: dict[tuple, np.ndarray] = {}
+
+    def note_store(self, values: np.ndarray) -> None:
+        """Note that the running partition has stored, until its fence."""
+        task = here()
+        key = task, values.__array_interface__["data"][0], values.shape, values.strides
+        if key not in self._unfenced:
+            self._unfenced[key] = values
+            task.unfenced.append(lambda: self._unfenced.pop(key))
+
+    def check_fenced(self, values: np.ndarray, what: str) -> None:
+        """Raise if a partition has stored any of these bytes and not fenced since."""
+        for (task, *_), stored in self._unfenced.items():
+            if np.shares_memory(stored, values):
+                raise EmulationError(f"{what} reads what {task.name} has stored without a fence")
 
     def other(self, memory: SharedMemory, dtype: Dtype, shape: list[int]) -> np.ndarray:
         """Return the array that stands for the bytes of `memory` as another type."""
@@ -159,6 +230,13 @@ class Overlaps:
                 two[...] = poison(two_type)
             if np.shares_memory(two, changed):
                 one[...] = poison(one_type)
+
+
+def fence_async_shared(cluster: bool = False) -> None:
+    """Let TMA and wgmma see what this partition has stored in shared memory."""
+    unfenced = here().unfenced
+    while unfenced:
+        unfenced.pop()()
 
 
 def allocate_shared_memory(

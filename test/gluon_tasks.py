@@ -63,6 +63,7 @@ class Task:
     It can go on if `ready` says so, or once `complete` has ended what is asynchronous and says so;
     with `last` only when nobody else can.
     `products` are its wgmmas not executed yet, `stores` its TMA stores, both oldest first.
+    `unfenced` forgets what it has stored in shared memory since its last fence.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Task:
         self.ready: Callable[[], bool] = _always
         self.complete: Callable[[], bool] = _never
         self.last = False
+        self.rank = 0.0
         self.waits_for: Callable[[], str] | str = ""
         self.finished = False
         self.products: list[Any] = []
         self.stores: list[Callable[[], None]] = []
+        self.unfenced: list[Callable[[], Any]] = []
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
     def _run(self) -> None:
@@ -131,7 +134,7 @@ def kernel_lines(frame: FrameType | None) -> str:
 
 
 class Scheduler:
-    """Decides which partition runs next: the next in line, or with a seed a random one.
+    """Decides which partition runs next: the next in line, or with a seed one of random rank.
 
     With a seed, what is asynchronous may also end while others can go on.
     """
@@ -211,7 +214,11 @@ class Scheduler:
         place = self._tasks.index(task) + 1
         line = [x for x in self._tasks[place:] + self._tasks[:place] if not x.finished]
         if self._random is not None:
-            self._random.shuffle(line)
+            # Whom it prefers it does for a while, so that others fall behind by much.
+            if self._random.random() < 0.05:
+                for other in self._tasks:
+                    other.rank = self._random.random()
+            line.sort(key=lambda x: x.rank)
             return next((x for x in line if x.ready() or x.complete()), None)
         ready = next((x for x in line if x.ready()), None)
         line.sort(key=lambda x: x.last)

@@ -281,6 +281,7 @@ def reduce_add(desc, coord, src, _semantic=None):
 @gluon.jit
 def kernel(out, total):
     ones = gl.allocate_shared_memory(gl.float32, [8, 8], None, gl.full([8, 8], 1.0, gl.float32))
+    fence_async_shared()
     tma.async_copy_shared_to_global(out, [4, 0], ones)
     for i in range(3):
         reduce_add(total, [i, 0], ones)
@@ -294,6 +295,64 @@ def kernel(out, total):
     assert torch.equal(total[:, :8], rows[:, None].expand(9, 8)) and total[:, 8:].sum() == 0
     with pytest.raises(EmulationError, match="4 TMA stores in flight"):
         load(source, {"    tma.store_wait(0)\n": ""}).kernel[(1,)](*descriptors)
+    with pytest.raises(EmulationError, match=r"TMA store reads what .* stored without a fence"):
+        load(source, {"    fence_async_shared()\n": ""}).kernel[(1,)](*descriptors)
+
+
+def test_a_fence_counts_for_the_partition_that_stored(load):
+    source = """
+@gluon.jit
+def _fence(tile, full):
+    mbarrier.wait(full, 0)
+    fence_async_shared()
+
+@gluon.jit
+def _store(tile, full):
+    tile.store(gl.full([64, 16], 1.0, gl.bfloat16))
+    mbarrier.arrive(full, count=1)
+
+@gluon.jit
+def kernel(out):
+    tile = gl.allocate_shared_memory(gl.bfloat16, [64, 16], None)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    gl.warp_specialize([(_fence, (tile, full)), (_store, (tile, full))], [4], [24])
+    acc = gl.zeros([64, 64], gl.float32, None)
+    acc = warpgroup_mma(tile, tile.permute((1, 0)), acc)
+    gl.store(out, gl.max(acc))
+"""
+    out = torch.zeros(1)
+    with pytest.raises(EmulationError, match=r"wgmma reads what .*_store.* without a fence"):
+        load(source).kernel[(1,)](out)
+    there = {"    mbarrier.arrive(": "    fence_async_shared()\n    mbarrier.arrive("}
+    load(source, there).kernel[(1,)](out)
+    assert out.tolist() == [16]
+
+
+def test_a_linear_layout_in_place_of_the_swizzle_of_a_box(load):
+    source = """
+@gluon.jit
+def kernel(out, BASES: gl.constexpr):
+    box = gl.allocate_shared_memory(gl.float32, [1, 8, 64], None)
+    layout: gl.constexpr = gl.SharedLinearLayout(BASES, alignment=1024)
+    x = gl.arange(0, 8)[:, None] * 64 + gl.arange(0, 64)[None, :]
+    view = box.index(0)._reinterpret(gl.float32, [8, 64], layout)
+    view.store(x.to(gl.float32))
+    again = view.load(None)
+    gl.store(out + x, box.index(0).load(None))
+    gl.store(out + 512 + x, again)
+"""
+    swizzle = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [1, 4], [2, 8], [4, 16], [0, 32]]
+    swapped = [[1, 20] if base == [1, 4] else base for base in swizzle]
+    want = torch.arange(512.0).view(8, 64)
+    for bases in (swizzle, swapped):
+        out = torch.zeros(2, 8, 64)
+        load(source).kernel[(1,)](out, bases)
+        assert torch.equal(out[1], want)
+        if bases is swapped:
+            want = want.clone()
+            want[1::2] = want[1::2].view(4, 2, 2, 16).flip(2).reshape(4, 64)
+        assert torch.equal(out[0], want)
 
 
 TURNS = """
@@ -319,6 +378,39 @@ def _give(out, N: gl.constexpr):
 def kernel(out, WAITS: gl.constexpr, GIFTS: gl.constexpr):
     gl.warp_specialize([(_wait, (out, WAITS)), (_give, (out, GIFTS))], [4], [24])
 """
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_named_barrier_that_is_arrived_at_on_a_condition(load, at):
+    source = """
+@gluon.jit
+def _wait(out, AT: gl.constexpr):
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    asm: gl.constexpr = "bar.sync 8, 256;\\n mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+    gl.store(out + 1, gl.load(out))
+
+@gluon.jit
+def _give(out, AT: gl.constexpr):
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0
+    asm: gl.constexpr = (
+        "{.reg .pred p; setp.ne.b32 p, $2, 0; @p bar.arrive $1, 256; mov.b32 $0, $1;}")
+    for i in range(3):
+        gl.store(out, i)
+        gl.inline_asm_elementwise(asm, "=r,r,r", [x + 8, x + (i == AT).to(gl.int32)],
+                                  dtype=gl.int32, is_pure=False, pack=1)
+
+@gluon.jit
+def kernel(out, AT: gl.constexpr):
+    gl.warp_specialize([(_wait, (out, AT)), (_give, (out, AT))], [4], [24])
+"""
+    out = torch.zeros(2, dtype=torch.int32)
+    if at > 2:
+        with pytest.raises(Deadlock, match="named barrier 8"):
+            load(source).kernel[(1,)](out, at)
+    else:
+        load(source).kernel[(1,)](out, at)
+        assert out.tolist() == [2, 2]
 
 
 def test_a_named_barrier_orders_two_partitions(load):

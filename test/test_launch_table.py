@@ -20,7 +20,7 @@ ROWS = [
     ((90, 128, "bfloat16", "dkv"), LaunchConfig(64, 64, 8, 3, tma=True)),
     ((100, 128, "bfloat16", "dq"), LaunchConfig(64, 64, 8, 3, tma=True)),
     (64, ForwardConfig(2, 128, 1, ping_pong=False, rescale_late=True)),
-    (128, BackwardConfig(128, 1, 1, 1, early=True, rotate=True, spills=100, wins=False)),
+    (128, BackwardConfig(128, 1, 1, 1, rotate=True, spills=100, wins=False)),
     (256, WideConfig(stages=2, spills=4)),
 ]
 

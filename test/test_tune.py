@@ -72,7 +72,7 @@ def test_configurations_change_the_row_in_the_fields_they_name():
     cleared = replace(row, tflops=None, gpu=None, date=None, num_stages=2)
     assert found == [of.row, *(Candidate("dkv", replace(cleared, block_m=x)) for x in (32, 64))]
     wide = target("hopper-backward", 256, 90)
-    assert parsed(wide, ["hopper-backward:early=1"]) == [wide.row]
+    assert parsed(wide, ["hopper-backward:rotate=1"]) == [wide.row]
     for line in ("fwd:tma=1", "dq:tma", "dq:consumers=2", "dq:block_m=a"):
         with pytest.raises(ValueError, match="configuration: got"):
             parsed(of, [line])

@@ -244,17 +244,14 @@ def _fused_launch(
     rows, keys = config.block_m, Side(True, config.key_rows)
     arguments = _arguments(inputs, keys, rows, with_dq=True, copies=copies)
     arguments |= _gradients(dk, dv, add)
-    columns = arguments["BLOCK_D"] // 2 if rows == 64 else arguments["BLOCK_D"]
     arguments |= {
-        "dq": _describe(dq, 64, columns, inputs.documents),
+        "dq": _describe(dq, rows, arguments["BLOCK_D"], inputs.documents),
         "copies": copies,
         "rotate": int(rotate),
         "BLOCK_M": rows,
         "Q_STAGES": config.q_stages,
         "DOUT_STAGES": config.dout_stages,
-        "DS_STAGES": config.ds_stages,
         "DQ_STAGES": config.dq_stages,
-        "EARLY": config.early,
         "OTHER_REGISTERS": config.registers[2],
     }
     return _with_registers(_hopper_bwd_kernel, config, arguments)

@@ -10,9 +10,10 @@ dv stay in registers, dq is summed over the programs by the TMA, in any order.
     k, v          CONSUMERS             TMA                        64 rows of K or V, once
     q             Q_STAGES              TMA and the producer       BLOCK_M rows of Q, lse and delta
     dout          DOUT_STAGES           TMA                        BLOCK_M rows of dout
-    ds            DS_STAGES, CONSUMERS  a consumer, for both       its 64 rows of ds^T
-    dq            DQ_STAGES, CONSUMERS  a consumer, for the writer its columns (BLOCK_M 128: its
-                                                                   rows) of a block's dq
+    ds            CONSUMERS, CONSUMERS  a consumer, for both       its 64 rows of ds^T, of this turn
+                                                                   and of the other's
+    dq            DQ_STAGES             the consumers in turns,    BLOCK_M rows of dq
+                                        for the writer
 """
 
 from triton.experimental import gluon
@@ -38,9 +39,7 @@ class Options:
     DOCUMENTS: gl.constexpr
     Q_STAGES: gl.constexpr
     DOUT_STAGES: gl.constexpr
-    DS_STAGES: gl.constexpr
     DQ_STAGES: gl.constexpr
-    EARLY: gl.constexpr
     KEY_TILES: gl.constexpr
     P_SHIFT: gl.constexpr
     P_UNIT: gl.constexpr
@@ -55,9 +54,7 @@ class Options:
         DOCUMENTS,
         Q_STAGES,
         DOUT_STAGES,
-        DS_STAGES,
         DQ_STAGES,
-        EARLY,
     ):
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -66,9 +63,7 @@ class Options:
         self.DOCUMENTS = gl.constexpr(DOCUMENTS)
         self.Q_STAGES = gl.constexpr(Q_STAGES)
         self.DOUT_STAGES = gl.constexpr(DOUT_STAGES)
-        self.DS_STAGES = gl.constexpr(DS_STAGES)
         self.DQ_STAGES = gl.constexpr(DQ_STAGES)
-        self.EARLY = gl.constexpr(EARLY)
         # What produce wants to know: tiles of 64 key rows; p is not shifted.
         self.KEY_TILES = gl.constexpr(2)
         self.P_SHIFT = gl.constexpr(0.0)
@@ -162,9 +157,7 @@ def _hopper_bwd_kernel(
     DOCUMENTS: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -177,12 +170,10 @@ def _hopper_bwd_kernel(
     As in kernels/dkv.py: tables, lse, delta, dk, dv, their strides, heads, ADD: dk and dv are
     float32 and stored, or with ADD added, in the rows of the tiles.
     q, k, v, dout, dq: descriptors of [B, H, L, D] with box [1, 1, rows, BLOCK_D]; rows are 64 for
-    k and v, BLOCK_M for q and dout. dq is float32 and added to, box [1, 1, 64, columns] with
-    BLOCK_D / 2 columns where BLOCK_M is 64, else BLOCK_D. With DOCUMENTS all are the cut
+    k and v, BLOCK_M for the others. dq is float32 and added to. With DOCUMENTS all are the cut
     descriptors of backends/descriptors.py: no row past an entry is read or added to.
     rotate: 1 starts every tile at another block of an entry, 0 all at the first: tiles that meet
     the same queries would add to the same dq at the same time.
-    EARLY: dv's product is issued before dp is waited for.
     """
     row, row_end, first_entry, end_entry, _, head = load_work(
         Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group),
@@ -191,17 +182,16 @@ def _hopper_bwd_kernel(
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
     walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True)
     out_head = head % heads
-    COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if BLOCK_M == 64 else BLOCK_D
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
     box: gl.constexpr = box_shape(BLOCK_M, BLOCK_D, DOCUMENTS)
     q_slots = make_blocks(Q_STAGES, CONSUMERS, q, box, FIRST_EMPTY, 2)
     dout_slots = make_blocks(DOUT_STAGES, CONSUMERS, dout, box, FIRST_EMPTY + Q_STAGES)
-    dq_slots = make_box_slots(DQ_STAGES * CONSUMERS, 1, dq, 64, COLUMNS, DOCUMENTS)
+    dq_slots = make_box_slots(DQ_STAGES, 1, dq, BLOCK_M, BLOCK_D, DOCUMENTS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, BLOCK_M], flat)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
-    ds = gl.allocate_shared_memory(q.dtype, [DS_STAGES * CONSUMERS, ROWS, BLOCK_M], ds_layout)
+    ds = gl.allocate_shared_memory(q.dtype, [CONSUMERS * CONSUMERS, ROWS, BLOCK_M], ds_layout)
     fence_async_shared()
     options = Options(
         HEAD_DIM,
@@ -211,9 +201,7 @@ def _hopper_bwd_kernel(
         DOCUMENTS,
         Q_STAGES,
         DOUT_STAGES,
-        DS_STAGES,
         DQ_STAGES,
-        EARLY,
     )
     program = Program(
         walk,

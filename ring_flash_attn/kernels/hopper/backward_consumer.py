@@ -1,4 +1,10 @@
-"""What a consumer of the Hopper backward does: the products of its 64 key rows, block by block."""
+"""What a consumer of the Hopper backward does: the products of its 64 key rows, block by block.
+
+dq of a block needs the ds of both consumers. They compute it in turns, each the whole dq of every
+other block, which reads ds and K from shared memory once where halves would read ds twice. The one
+without a turn goes on to its next scores meanwhile, so that one's exponentials hide behind the
+other's products.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,14 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .epilogue import LOG2_E, store_gradient
-from .slots import arrive_at, await_full, meet
+from .slots import arrive_if, await_full, meet
 from .walk import begin_walk, column, next_place
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # key rows of a consumer: what one warpgroup's wgmma multiplies
-# Named barriers at which the consumers meet. The compiler takes its own from 0 up, to 4 here.
+# The first of two named barriers, one for each consumer's turn: the other's ds is there. It cannot
+# be one, because who arrives for this turn may wait for the next before this turn's has waited.
+# The compiler takes its own from 0 up, to 4 here.
 DS_FULL = gl.constexpr(5)
-DS_EMPTY = gl.constexpr(6)
 # The first one that says a slot of q is empty; those of dout follow, then those of a full dq.
 FIRST_EMPTY = gl.constexpr(7)
 # Further than any query row, and near enough for the difference to fit.
@@ -42,6 +49,8 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
     for t in range(program.total):
         dk, dv = _step(program, t, column(place, BLOCK_M), place[3], dk, dv, CONSUMER)
         place = next_place(walk, place, BLOCK_M)
+    fence_async_shared()
+    _hand_on_dq(program, program.total, CONSUMER)
     if program.k.buffers.dtype == gl.float16:
         dk *= program.softmax_scale
     row = walk.row + CONSUMER * ROWS
@@ -52,7 +61,8 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
 
 @gluon.jit
 def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
-    """Take block t, which starts at query row `start`: add its share to dk, dv, and hand on dq.
+    """Take block t, which starts at query row `start`: add its share to dk, dv; if it is this
+    consumer's turn, compute dq.
 
     ds carries softmax_scale in bfloat16, where that is free: one FMA in place of a subtraction. In
     float16 it would lose the last bits of small numbers; there dq and dk are scaled.
@@ -61,7 +71,6 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
     BLOCK_D: gl.constexpr = program.options.BLOCK_D
     Q_STAGES: gl.constexpr = program.options.Q_STAGES
     DOUT_STAGES: gl.constexpr = program.options.DOUT_STAGES
-    EARLY: gl.constexpr = program.options.EARLY
     dtype: gl.constexpr = program.k.buffers.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -84,30 +93,95 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
     p_t = gl.exp2(s_t * (scale * LOG2_E) - lse2[None, :])
     p_t = masked(p_t, start, queries, program.walk, CONSUMER)
     p_operand = gl.convert_layout(p_t.to(dtype), operand)
-    if EARLY:
-        dv = warpgroup_mma(p_operand, dout_tile, dv, is_async=True)
     delta = program.statistics.index(Q_STAGES + q_slot).load(columns)
-    dp_t = warpgroup_mma_wait(1 if EARLY else 0, [dp_t])
+    dp_t = warpgroup_mma_wait(0, [dp_t])
     if dtype == gl.float16:
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
     else:
         ds_t = (p_t * (dp_t * scale - delta[None, :])).to(dtype)
-    _publish_ds(program, t, ds_t, CONSUMER)
-    if not EARLY:
-        dv = warpgroup_mma(p_operand, dout_tile, dv, is_async=True)
-    fence_async_shared()
-    meet(DS_FULL)
-    dq = _issue_dq(program, t, zero, CONSUMER)
+    turn = t % CONSUMERS
+    program.ds.index(turn * CONSUMERS + CONSUMER).store(ds_t)
+    dv = warpgroup_mma(p_operand, dout_tile, dv, is_async=True)
     dk = warpgroup_mma(gl.convert_layout(ds_t, operand), q_tile, dk, is_async=True)
-    dv = warpgroup_mma_wait(CONSUMERS + 1, [dv])
+    # Of this block's ds, and of the last one's dq, see _hand_on_dq.
+    fence_async_shared()
+    _hand_on_dq(program, t, CONSUMER)
+    arrive_if(DS_FULL + turn, turn != CONSUMER, CONSUMERS * 128)
+    dv = warpgroup_mma_wait(1, [dv])
     program.dout.release(dout_slot)
-    dq = warpgroup_mma_wait(1, [dq])
-    if dtype == gl.float16:
-        dq *= scale
-    _publish_dq(program, t, dq, CONSUMER)
     dk = warpgroup_mma_wait(0, [dk])
     program.q.release(q_slot)
+    # Nothing is in flight here: across a branch ptxas would serialise it (C7512).
+    if turn == CONSUMER:
+        _compute_dq(program, t)
     return dk, dv
+
+
+@gluon.jit
+def _compute_dq(program, t):
+    """Put dq of block t, ds k [BLOCK_M, BLOCK_D] float32, where the writer finds it."""
+    BLOCK_M: gl.constexpr = program.options.BLOCK_M
+    BLOCK_D: gl.constexpr = program.options.BLOCK_D
+    DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    swapped: gl.constexpr = swapped_layout(BLOCK_M, BLOCK_D)
+    turn = t % CONSUMERS
+    meet(DS_FULL + turn)
+    dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, layout)
+    for c in gl.static_range(CONSUMERS):
+        ds_t = program.ds.index(turn * CONSUMERS + c)
+        k_tile = program.k.buffers.index(c + (t >> 30)).reshape([ROWS, BLOCK_D])
+        dq = warpgroup_mma(ds_t.permute((1, 0)), k_tile, dq, use_acc=c > 0, is_async=True)
+    dq = warpgroup_mma_wait(0, [dq])
+    if program.k.buffers.dtype == gl.float16:
+        dq *= program.softmax_scale
+    program.dq.await_empty(t % DQ_STAGES, t // DQ_STAGES)
+    slot = program.dq.buffers.index(t % DQ_STAGES)
+    slot._reinterpret(gl.float32, [BLOCK_M, BLOCK_D], swapped).store(_swap_halves(dq))
+
+
+@gluon.jit
+def _hand_on_dq(program, t, CONSUMER: gl.constexpr):
+    """Say that dq of block t - 1 is in shared memory, if this consumer has put it there.
+
+    Its stores become visible to the TMA by a fence of the threads that stored. One right after them
+    would wait for them; the one that block t's ds needs comes when they are long done.
+    """
+    stage = (t - 1) % program.options.DQ_STAGES
+    # For t = 0 the remainder is -1: nobody's.
+    mine = (t - 1) % CONSUMERS == CONSUMER
+    arrive_if(dq_full(program.options) + stage, mine, 128 + 32)
+
+
+@gluon.constexpr_function
+def swapped_layout(ROWS, COLUMNS):
+    """Return the layout of a float32 box that the TMA reads, for what _swap_halves returns.
+
+    The TMA's swizzle of 128 bytes: 32 columns side by side, of which row r has 4 c .. 4 c + 3 at
+    4 (c ^ r % 8). With columns c and c ^ 16 of odd rows changed over.
+    """
+    row_bits = [[1, 4 ^ 16], [2, 8], [4, 16]] + [[1 << i, 0] for i in range(3, 20)]
+    column_bits = [[0, 1 << i] for i in range(20)]
+    rows, columns = ROWS.bit_length() - 1, COLUMNS.bit_length() - 1
+    bases = column_bits[:5] + row_bits[:rows] + column_bits[5:columns]
+    return gl.SharedLinearLayout(bases, alignment=1024)
+
+
+@gluon.jit
+def _swap_halves(x):
+    """Return x [rows, columns] of a wgmma with columns c and c ^ 16 of odd rows changed over.
+
+    A store of a warp takes 8 columns of 8 rows. Swizzled, rows 2 r and 2 r + 1 have theirs in the
+    same banks; with odd rows' 16 columns further on they have not.
+    """
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    halves = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 2, 16]), (0, 1, 3, 2))
+    low, high = gl.split(halves)
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, low.type.layout)))
+    odd = (rows % 2 == 1)[:, None][:, :, None]
+    swapped = gl.join(gl.where(odd, high, low), gl.where(odd, low, high))
+    return gl.reshape(gl.permute(swapped, (0, 1, 3, 2)), [ROWS, COLUMNS])
 
 
 @gluon.jit
@@ -128,45 +202,6 @@ def masked(p_t, start, queries, walk, CONSUMER: gl.constexpr):
         distance = offs_m[None, :] - left[:, None]
         p_t = gl.where(distance.to(gl.uint32) < (hi - lo + 1).to(gl.uint32), p_t, 0.0)
     return p_t
-
-
-@gluon.jit
-def _publish_ds(program, t, ds_t, CONSUMER: gl.constexpr):
-    """Put this consumer's ds^T where both find it; with one slot, once both have read the last."""
-    DS_STAGES: gl.constexpr = program.options.DS_STAGES
-    if DS_STAGES == 1:
-        meet(DS_EMPTY)
-    program.ds.index(t % DS_STAGES * CONSUMERS + CONSUMER).store(ds_t)
-
-
-@gluon.jit
-def _issue_dq(program, t, zero, CONSUMER: gl.constexpr):
-    """Issue ds k: of a block of 64 queries half the columns, of one of 128 half the rows."""
-    BLOCK_M: gl.constexpr = program.options.BLOCK_M
-    BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    COLUMNS: gl.constexpr = BLOCK_D // CONSUMERS if BLOCK_M == 64 else BLOCK_D
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    dq = gl.zeros([64, COLUMNS], gl.float32, layout)
-    for c in gl.static_range(CONSUMERS):
-        ds_t = program.ds.index(t % program.options.DS_STAGES * CONSUMERS + c)
-        k_tile = program.k.buffers.index(c + zero).reshape([ROWS, BLOCK_D])
-        if BLOCK_M == 64:
-            k_tile = k_tile.slice(CONSUMER * COLUMNS, COLUMNS, 1)
-        else:
-            ds_t = ds_t.slice(CONSUMER * 64, 64, 1)
-        dq = warpgroup_mma(ds_t.permute((1, 0)), k_tile, dq, use_acc=c > 0, is_async=True)
-    return dq
-
-
-@gluon.jit
-def _publish_dq(program, t, dq, CONSUMER: gl.constexpr):
-    """Hand this consumer's part of a block's dq to the writer."""
-    DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
-    slot = t % DQ_STAGES * CONSUMERS + CONSUMER
-    program.dq.await_empty(slot, t // DQ_STAGES)
-    program.dq.buffers.index(slot).reshape([dq.shape[0], dq.shape[1]]).store(dq)
-    fence_async_shared()
-    arrive_at(dq_full(program.options) + slot, 128 + 32)
 
 
 @gluon.jit

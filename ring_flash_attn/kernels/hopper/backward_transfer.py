@@ -7,7 +7,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from .backward_consumer import CONSUMERS, ROWS, dq_full
+from .backward_consumer import ROWS, dq_full
 from .epilogue import LOG2_E
 from .slots import await_at, box_at, load
 from .walk import begin_walk, column, next_place
@@ -108,32 +108,21 @@ def produce(program, statistics, q, k, v, dout):
 
 @gluon.jit
 def write(program, dq):
-    """Add every block's dq to memory: what lies in the slots that the consumers fill."""
+    """Add every block's dq to memory: what lies in the slots that the consumers fill in turns."""
     walk = program.walk
     BLOCK_M: gl.constexpr = program.options.BLOCK_M
     DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
-    COLUMNS: gl.constexpr = program.options.BLOCK_D // CONSUMERS if BLOCK_M == 64 else 0
-    DOWN: gl.constexpr = 0 if BLOCK_M == 64 else 64
+    DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
         head, end, row = place[0], place[3][1], column(place, BLOCK_M)
         stage = t % DQ_STAGES
-        for c in gl.static_range(CONSUMERS):
-            slot = stage * CONSUMERS + c
-            await_at(dq_full(program.options) + slot, 128 + 32)
-            box = box_at(
-                program.batch, head, row + c * DOWN, end, c * COLUMNS, program.options.DOCUMENTS
-            )
-            tma_reduce_add(dq, box, program.dq.buffers.index(slot))
-        if DQ_STAGES == 1:
-            for c in gl.static_range(CONSUMERS):
-                tma.store_wait(CONSUMERS - 1 - c)
-                program.dq.release(c)
-        else:
-            # Those of the turn before have been read.
-            tma.store_wait(CONSUMERS)
-            if t > 0:
-                for c in gl.static_range(CONSUMERS):
-                    program.dq.release((t - 1) % DQ_STAGES * CONSUMERS + c)
+        await_at(dq_full(program.options) + stage, 128 + 32)
+        box = box_at(program.batch, head, row, end, 0, DOCUMENTS)
+        tma_reduce_add(dq, box, program.dq.buffers.index(stage))
+        tma.store_wait(DQ_STAGES - 1)
+        # What has been read is the oldest slot, once all are in use.
+        if t >= DQ_STAGES - 1:
+            program.dq.release((t + 1) % DQ_STAGES)
         place = next_place(walk, place, BLOCK_M)
     tma.store_wait(0)

@@ -66,8 +66,7 @@ class BackwardConfig:
 
     Attributes:
         block_m: query rows of a block, 64 or 128.
-        q_stages, dout_stages, ds_stages, dq_stages: blocks of each in shared memory.
-        early: issue dv's product before dp is waited for.
+        q_stages, dout_stages, dq_stages: blocks of each in shared memory.
         rotate: start tiles of full attention at different blocks of queries.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
         wins: whether it is faster than the portable kernels, which run if it is not.
@@ -76,9 +75,7 @@ class BackwardConfig:
     block_m: int = 64
     q_stages: int = 2
     dout_stages: int = 2
-    ds_stages: int = 2
-    dq_stages: int = 1
-    early: bool = False
+    dq_stages: int = 2
     rotate: bool = False
     spills: int = 0
     wins: bool = True
@@ -97,7 +94,7 @@ class BackwardConfig:
 # Full / causal, with delta, zeroing and rounding. 128: 525 / 518, portable 407 / 404
 # (1, 16384, 16, 128). 64 was behind the portable kernels, the design document has the ratios.
 BACKWARD = {
-    64: BackwardConfig(dq_stages=2, wins=False),
+    64: BackwardConfig(wins=False),
     128: BackwardConfig(spills=40),
 }
 

@@ -86,6 +86,17 @@ def arrive_at(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def arrive_if(barrier, condition, THREADS: gl.constexpr):
+    """As arrive_at, if a scalar condition holds: wgmmas in flight may not cross a branch."""
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0
+    asm: gl.constexpr = (
+        f"{{.reg .pred p; setp.ne.b32 p, $2, 0; @p bar.arrive $1, {THREADS}; mov.b32 $0, $1;}}"
+    )
+    arguments = [x + barrier, x + condition.to(gl.int32)]
+    gl.inline_asm_elementwise(asm, "=r,r,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def await_at(barrier, THREADS: gl.constexpr):
     """Wait at a named barrier as a single warp."""
     x = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0 + barrier
@@ -171,10 +182,10 @@ def load(desc, coordinates, slots, slot, turn):
 
 
 @gluon.jit
-def meet(BARRIER: gl.constexpr):
+def meet(barrier):
     """Wait at a named barrier for another warpgroup. The compiler takes its own from 0 up."""
-    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    asm: gl.constexpr = f"bar.sync {BARRIER}, 256;\n mov.b32 $0, $1;"
+    x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0 + barrier
+    asm: gl.constexpr = "bar.sync $1, 256;\n mov.b32 $0, $1;"
     gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
