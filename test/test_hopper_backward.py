@@ -570,16 +570,20 @@ def test_deterministic_gradients_come_from_the_portable_kernels(emulated):
     assert {side.tile_rows for side in choose[0].sides if side.keys} == {BACKWARD[64].key_rows}
 
 
-def test_reasons_against_it():
+def test_reasons_against_it(monkeypatch):
     unsupported = hopper_backward.unsupported
     assert unsupported(90, torch.bfloat16, 128) == []
     assert "sm_100" in unsupported(100, torch.bfloat16, 128)[0]
     assert "float32" in unsupported(90, torch.float32, 128)[0]
     assert "any order" in unsupported(90, torch.bfloat16, 128, deterministic=True)[0]
     assert unsupported(90, torch.bfloat16, 256, deterministic=True) == []
+    assert unsupported(90, torch.bfloat16, 64) == []
+    slow = {64: replace(BACKWARD[64], wins=False)}
+    monkeypatch.setattr(hopper_backward, "backward_config", lambda head_dim: slow[64])
     assert "faster" in unsupported(90, torch.bfloat16, 64)[0]
-    assert unsupported(90, torch.bfloat16, 64, given=BACKWARD[64]) == []
-    assert "any order" in unsupported(90, torch.bfloat16, 64, True, BACKWARD[64])[0]
+    assert unsupported(90, torch.bfloat16, 64, given=slow[64]) == []
+    monkeypatch.undo()
+    assert "any order" in unsupported(90, torch.bfloat16, 64, deterministic=True)[0]
     for head_dim in (8, 32, 44, 264):
         assert str(head_dim) in unsupported(90, torch.float16, head_dim)[0]
     assert len(unsupported(80, torch.float32, 128, deterministic=True)) == 3

@@ -180,7 +180,7 @@ def _hopper_bwd_kernel(
         gl.program_id(0),
     )
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True)
+    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True, True)
     out_head = head % heads
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)

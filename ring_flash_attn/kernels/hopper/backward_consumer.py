@@ -47,7 +47,7 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
         await_full(program.v, CONSUMER, 0)
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        dk, dv = _step(program, t, column(place, BLOCK_M), place[3], dk, dv, CONSUMER)
+        dk, dv = _step(program, t, column(walk, place, BLOCK_M), place[3], dk, dv, CONSUMER)
         place = next_place(walk, place, BLOCK_M)
     fence_async_shared()
     _hand_on_dq(program, program.total, CONSUMER)

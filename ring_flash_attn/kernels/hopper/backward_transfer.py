@@ -84,7 +84,7 @@ def produce(program, statistics, q, k, v, dout):
         _load_keys(program, k, program.k)
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        head, end, row = place[0], place[3][1], column(place, BLOCK_M)
+        head, end, row = place[0], place[3][1], column(walk, place, BLOCK_M)
         # Asked for before the wait for a slot, which hides how long they take.
         rows = row + gl.arange(0, BLOCK_M, layout)
         lse2, delta = statistics.load(program.batch, head, rows, end)
@@ -115,7 +115,7 @@ def write(program, dq):
     DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        head, end, row = place[0], place[3][1], column(place, BLOCK_M)
+        head, end, row = place[0], place[3][1], column(walk, place, BLOCK_M)
         stage = t % DQ_STAGES
         await_at(dq_full(program.options) + stage, 128 + 32)
         box = box_at(program.batch, head, row, end, 0, DOCUMENTS)

@@ -128,7 +128,7 @@ def _consume_p(program, dv_ptr, dv_strides):
         lse2 = program.statistics.index(slot).load(gl.SliceLayout(0, s_layout))
         s_t = warpgroup_mma_wait(1, [s_t])
         p_t = gl.exp2(s_t * (program.softmax_scale * LOG2_E) - lse2[None, :])
-        p_t = masked(p_t, column(place, ROWS), place[3], walk, 0)
+        p_t = masked(p_t, column(walk, place, ROWS), place[3], walk, 0)
         # The slot is free: Q has come into its own, so the other consumer is at most a block back.
         program.p.buffers.index(slot).store(p_t.to(gl.float16))
         mbarrier.arrive(program.p.full.index(slot), count=1)
@@ -254,7 +254,7 @@ def _hopper_dkv_kernel(
         Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group),
         gl.program_id(0),
     )
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, True)
+    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, True, False)
     key_head = head % heads
     k_slots = make_box_slots(1, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(1, 1, v, ROWS, BLOCK_D, DOCUMENTS)

@@ -80,7 +80,7 @@ def _produce(program, q, k, v, dout):
         _load_queries(program, q, program.q)
     place = begin_walk(walk, program.head, ROWS)
     for t in range(program.total):
-        end, row = place[3][1], column(place, ROWS)
+        end, row = place[3][1], column(walk, place, ROWS)
         box = box_at(program.batch, program.key_head, row, end, 0, program.DOCUMENTS)
         load(k, box, program.kv, 2 * t % STAGES, 2 * t // STAGES)
         if t == 0:
@@ -127,7 +127,7 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
         dp = warpgroup_mma(dout_tile, v_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])
         p = gl.exp2(s * (scale * LOG2_E) - lse2[:, None])
-        p = _masked(p, offs_m, row, column(place, ROWS), place[3])
+        p = _masked(p, offs_m, row, column(program.walk, place, ROWS), place[3])
         dp = warpgroup_mma_wait(0, [dp])
         program.kv.release(v_slot)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
@@ -217,7 +217,7 @@ def _hopper_dq_kernel(
         Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group),
         gl.program_id(0),
     )
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, False)
+    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, False, False)
     q_slots = make_box_slots(2, 1, q, ROWS, BLOCK_D, DOCUMENTS)
     dout_slots = make_box_slots(2, 1, dout, ROWS, BLOCK_D, DOCUMENTS)
     kv_slots = make_box_slots(STAGES, 2, k, ROWS, BLOCK_D, DOCUMENTS)

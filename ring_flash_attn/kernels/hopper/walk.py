@@ -13,6 +13,8 @@ from triton.language.core import _aggregate as aggregate
 class Walk:
     """A tile of rows [row, row_end) of one head. KEYS: they are keys, and columns are queries.
 
+    DOWN: an entry's blocks come from the last to the first. Under a causal mask all tiles of keys
+    meet the last query, so programs that start together read the same blocks.
     `shift` is how far into an entry it starts, in tiles of all n_tiles; the first place follows on
     the last.
     """
@@ -25,9 +27,12 @@ class Walk:
     shift: gl.tensor
     n_tiles: gl.tensor
     KEYS: gl.constexpr
+    DOWN: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, KEYS):
+    def __init__(
+        self, entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, KEYS, DOWN
+    ):
         self.entries_ptr = entries_ptr
         self.row = row
         self.row_end = row_end
@@ -36,6 +41,7 @@ class Walk:
         self.shift = shift
         self.n_tiles = n_tiles
         self.KEYS = gl.constexpr(KEYS)
+        self.DOWN = gl.constexpr(DOWN)
 
 
 @gluon.jit
@@ -78,12 +84,14 @@ def begin_walk(walk, head, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def column(place, BLOCK: gl.constexpr):
+def column(walk, place, BLOCK: gl.constexpr):
     """Return the first column of a place's block."""
     columns = place[3]
     block = place[2] + columns[5]
     if block >= columns[4]:
         block -= columns[4]
+    if walk.DOWN:
+        block = columns[4] - 1 - block
     return columns[0] + block * BLOCK
 
 
