@@ -147,6 +147,28 @@ def test_a_group_decides_once(unset):
     assert run_ranks(2, count_gathers) == [[4, 4]] * 2
 
 
+def forbidden(rank):
+    """Return what a call raises where rank 1 may not map its peers' memory."""
+
+    def open_memory(group, device):
+        if rank == 1:
+            raise RuntimeError("pidfd_getfd:\n Operation not permitted")
+        return "memory"
+
+    choose.place_of = lambda device: Place("x", "ab"[rank], ())
+    choose.out_of_reach = lambda places, rank, device: []
+    choose.PeerMemory = open_memory
+    with pytest.raises(NotImplementedError) as caught:
+        batch(exchange="copy-engine")
+    return str(caught.value)
+
+
+def test_memory_that_may_not_be_mapped_is_a_reason(unset):
+    why = "rank 1: torch's symmetric memory: pidfd_getfd: Operation not permitted"
+    for text in run_ranks(2, forbidden):
+        assert text.endswith(why)
+
+
 def test_one_step_has_nothing_to_choose(unset):
     assert run_ranks(1, told, [("batch", {"exchange": ["copy-engine"]}, None)]) == [[None]]
 
@@ -220,10 +242,11 @@ def test_a_group_s_memory_serves_every_shape_that_fits_and_dies_with_it(monkeypa
     try:
         group, ours = dist.new_group([0]), choose._Group()
         choose._groups[group] = ours
+        assert choose._open_memory(ours, group, CPU) == []
 
         def buffers(rows, ours=ours, group=group):
             k = torch.empty(1, rows, 1, 8)
-            return choose._buffers(ours, group, k, torch.float32)
+            return choose._buffers(ours, k, torch.float32)
 
         first, store = buffers(100), ours.stores[CPU, torch.float32]
         memory = ours.memories[CPU]
@@ -238,7 +261,7 @@ def test_a_group_s_memory_serves_every_shape_that_fits_and_dies_with_it(monkeypa
         assert grown is not store and grown.elements == 2 * 125 * 8 and memory.settled == 1
         assert buffers(100).store is grown and buffers(125).store is grown
         assert {x.store for x in ours.buffers.values()} == {grown} and ours.kept == []
-        other = choose._buffers(ours, group, torch.empty(1, 3, 1, 8).double(), torch.float64)
+        other = choose._buffers(ours, torch.empty(1, 3, 1, 8).double(), torch.float64)
         assert other.store is not grown and memory.settled == 1
         grown.kept = True
         assert buffers(999).store.elements == 2 * 999 * 8

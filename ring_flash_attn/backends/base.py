@@ -37,7 +37,8 @@ class GradTarget(NamedTuple):
     """Where a step's share of dk, dv goes: [B, L, Hk, D] of the source's rows, state dtype.
 
     `add`: add to what is there; otherwise store into every row that a block touches (the exchange
-    has zeroed the others).
+    minds the others). It may lie in the memory of another GPU, where storing is cheap and reading
+    is not.
     """
 
     dk: Tensor
@@ -46,7 +47,7 @@ class GradTarget(NamedTuple):
 
 
 class TargetOnRequest(NamedTuple):
-    """Gives a step's target when called, once. `late`: that waits for a travelling accumulator."""
+    """Gives a step's target when called, once. `late`: that waits for sums on their way here."""
 
     ask: Callable[[], GradTarget]
     late: bool

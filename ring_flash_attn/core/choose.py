@@ -102,7 +102,7 @@ def open_exchange(
         ours = _groups.setdefault(member, _Group())
         reasons = _reasons(ours, member, k.device)
         if not reasons:
-            buffers = _buffers(ours, member, k, state)
+            buffers = _buffers(ours, k, state)
             return CopyEngineExchange(buffers, route.traffic, plan, k, v, state, backward)
         if route.exchange == "copy-engine":
             raise NotImplementedError(
@@ -122,17 +122,29 @@ def _reasons(ours: _Group, group: dist.ProcessGroup, device: torch.device) -> li
             )
         rank = dist.get_rank(group)
         places = gather_objects(group, device, place_of(device))
-        told = gather_objects(group, device, out_of_reach(places, rank, device))
-        ours.reasons[device] = [
-            f"rank {rank}: {reason}" for rank, reasons in enumerate(told) for reason in reasons
-        ]
+        found = _told(group, device, out_of_reach(places, rank, device))
+        # What looks possible may be forbidden, as to map another process's memory in a container.
+        ours.reasons[device] = found or _told(group, device, _open_memory(ours, group, device))
     return ours.reasons[device]
 
 
-def _buffers(ours: _Group, group: dist.ProcessGroup, k: Tensor, state: torch.dtype) -> PeerBuffers:
+def _told(group: dist.ProcessGroup, device: torch.device, own: list[str]) -> list[str]:
+    """Return the reasons of every rank, each with its rank. Collective."""
+    told = gather_objects(group, device, own)
+    return [f"rank {rank}: {reason}" for rank, reasons in enumerate(told) for reason in reasons]
+
+
+def _open_memory(ours: _Group, group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """Let the ranks reach each other's memory; return why not. No peer is waited for afterwards."""
+    try:
+        ours.memories[device] = PeerMemory(group, device)
+    except (RuntimeError, OSError) as error:
+        return [f"torch's symmetric memory: {' '.join(str(error).split())[:300]}"]
+    return []
+
+
+def _buffers(ours: _Group, k: Tensor, state: torch.dtype) -> PeerBuffers:
     """Return the memory for tensors like k. Every rank makes the same calls, so all agree."""
-    if k.device not in ours.memories:
-        ours.memories[k.device] = PeerMemory(group, k.device)
     memory, key = ours.memories[k.device], (k.device, k.shape, k.dtype)
     store = _store(ours, memory, k, state)
     if key not in ours.buffers or ours.buffers[key].store is not store:

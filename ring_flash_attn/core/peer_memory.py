@@ -71,7 +71,10 @@ def out_of_reach(places: Sequence[Place], rank: int, device: torch.device) -> li
 
 
 class PeerMemory:
-    """The `Transport` of one rank on one GPU. Making one is collective.
+    """The `Transport` of one rank on one GPU.
+
+    Making one is collective, and the ranks must meet once more before they use it: a mailbox is
+    ready when its own rank has made it.
 
     A CUDA graph may capture passes, after one call that allocates. Replays belong on one stream
     with the other calls of the group, or ordered with them: what a capture records is not ordered
@@ -98,7 +101,7 @@ class PeerMemory:
         own = self._mail[self.rank]
         own.zero_()
         own[:, list(FREE)] = 1
-        self.settle()
+        torch.cuda.synchronize(device)
         self._pass, self._ended = 0, watchdog.word()
         self._watchdog = self._watch(group) if watchdog.is_wanted() else None
 
