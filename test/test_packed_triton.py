@@ -164,8 +164,7 @@ def test_rows_of_no_document_are_zero(device):
 
 def test_an_odd_length_that_nobody_checked_is_loud_in_zigzag(device):
     given = OneRank((12, 7, 20), device, torch.float32, 16, layout="zigzag")
-    # out, lse and dq; dk and dv of that row are not written at all.
-    for x in given.run(given.tensors)[:3]:
+    for x in given.run(given.tensors):
         assert x[:, 18].isnan().all()
         x[:, 18] = 0
         assert x.isfinite().all()

@@ -10,7 +10,7 @@ LENGTH = 11
 # cu_seqlens, units of a document, the rows of each unit of each document
 DOCUMENTS = [
     ([0, 4, 4, 10], 2, [[(0, 2), (2, 4)], [(4, 4), (4, 4)], [(4, 7), (7, 10)]]),
-    ([1, 6, 11], 2, [[(1, 3), (3, 5)], [(6, 8), (8, 10)]]),  # rows 5 and 10 are in no unit
+    ([1, 6, 11], 2, [[(1, 3), (3, 5)], [(6, 8), (8, 10)]]),  # rows 5 and 10 are left over
     ([0, 3, 11], 1, [[(0, 3)], [(3, 11)]]),
     ([0, 0], 1, [[(0, 0)]]),
     ([0, *range(1, 10)], 1, [[(n, n + 1)] for n in range(9)]),
@@ -70,7 +70,13 @@ def test_units_of_documents(work, cu_seqlens, units, at, device):
     on_device = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     result = torch.full_like(own, torch.nan)
     work(result, own, Shares(landed, parts, units, on_device))
-    assert torch.equal(result, expect(own, landed, rows))
+    want = expect(own, landed, rows)
+    covered = {row for document in at for unit in document for row in range(*unit)}
+    if units > 1:
+        left_over = set(range(cu_seqlens[-1])) - covered
+        want[:, :, sorted(left_over)] = torch.nan
+    assert torch.equal(result.isnan(), want.isnan())
+    assert torch.equal(result.nan_to_num(), want.nan_to_num())
 
 
 def test_a_row_wider_than_a_program(device):
@@ -86,6 +92,16 @@ def test_a_row_wider_than_a_program_of_the_kernel(device):
     result = torch.full_like(own, torch.nan)
     sum_in_one_pass(result, own, Shares(landed, ((0, 5), (2, 11))))
     assert torch.equal(result, expect(own, landed, [range(5), range(2, 11)]))
+
+
+def test_without_shares_what_is_left_over_is_nan_too(device):
+    own, _ = draw(0, device)
+    cu_seqlens = torch.tensor([1, 6, 10], dtype=torch.int32, device=device)
+    result = torch.zeros_like(own)
+    sum_shares(result, own, Shares(None, (), 2, cu_seqlens))
+    assert result.isnan().any(4).any(3).any(1).any(0).nonzero().flatten().tolist() == [0, 5]
+    assert torch.equal(result[:, :, 1:5], own[:, :, 1:5])
+    assert torch.equal(result[:, :, 6:], own[:, :, 6:])
 
 
 def test_without_shares_it_is_rounded(device):

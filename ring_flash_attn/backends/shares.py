@@ -32,20 +32,27 @@ class Shares(NamedTuple):
 def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
     """Set result to own plus the shares, added in their order and then rounded to its dtype.
 
+    Of documents with several units, a row before the first or left over of one, as of an odd length
+    in two units, becomes NaN: nobody has computed it.
+
     Args:
         result, own: [2, B, L, Hk, D], contiguous.
     """
-    if shares.landed is None or not any(shares.parts):
-        result.copy_(own)
-    elif result.is_cuda and has_triton():
+    if shares.landed is not None and any(shares.parts) and result.is_cuda and has_triton():
         sum_in_one_pass(result, own, shares)
-    else:
+        return
+    total, length = own, own.shape[2]
+    if shares.landed is not None:
         total = own.clone()
         for share, part in zip(shares.landed, shares.parts, strict=False):
             if part is not None:
-                rows = _rows(shares, part, own.shape[2])
+                rows = _rows(shares, part, length)
                 total[:, :, rows] += share[:, :, rows]
-        result.copy_(total)
+    result.copy_(total)
+    if shares.cu_seqlens is not None and shares.units > 1:
+        covered = _rows(shares, (0, shares.units), length)
+        behind = torch.arange(length, device=covered.device) >= shares.cu_seqlens[-1]
+        result.masked_fill_(~(covered | behind)[:, None, None], torch.nan)
 
 
 def sum_in_one_pass(result: Tensor, own: Tensor, shares: Shares) -> None:

@@ -153,23 +153,23 @@ class RingExchange:
     def finish(self) -> tuple[Tensor, Tensor]:
         assert self._own is not None, "step 0 comes first"
         result = torch.empty_like(self._own, dtype=self._k.dtype)
-        shares = Shares(None)
+        landed = None
         if self._last > 0:
             self._home_comm.wait()
-            shares = self._home(self._sums[(self._last + 1) % 2])
-        sum_shares(result, self._own, shares)
+            landed = self._sums[(self._last + 1) % 2].unsqueeze(0)
+        sum_shares(result, self._own, self._home(landed))
         dk, dv = result
         return dk, dv
 
     def abandon(self) -> None:
         """Nothing: messages under way end by themselves; the others wait until the timeout."""
 
-    def _home(self, sums: Tensor) -> Shares:
-        """Return what has come home as one share."""
-        first, landed = self._plan.steps[0], sums.unsqueeze(0)
+    def _home(self, landed: Tensor | None) -> Shares:
+        """Return what has come home as one share, if anything could."""
+        first = self._plan.steps[0]
         if isinstance(first, DocumentsStep):
-            units = hull(self._traffic.returns)
-            return Shares(landed, (units,), self._traffic.units, first.documents.cu_k)
+            parts, units = (hull(self._traffic.returns),), first.plan.units
+            return Shares(landed, parts, units, first.documents.cu_k)
         return Shares(landed, (self._relay.home,))
 
     def _rows_of_sums(self, step: int) -> tuple[Interval | None, Interval | None]:

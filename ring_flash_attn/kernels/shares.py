@@ -45,7 +45,8 @@ def _sum_kernel(
     """result = own + the SHARES in landed, each where it holds numbers, in their order.
 
     Share n does so in rows [begins[n], ends[n]) of the length, or with UNITS in those units of
-    every document, which has UNITS equal ones.
+    every document, which has UNITS equal ones. A row before the first document or left over of one,
+    as of an odd length in two units, is NaN then: nobody has computed it.
     Grid: ceil(n_rows / ROWS), ceil(ROW / COLUMNS). own, result: [n_rows, ROW]; landed: [SHARES,
     n_rows, ROW]; n_rows is a multiple of `length`; cu [n_docs + 1] int32. Writes result.
     """
@@ -69,5 +70,8 @@ def _sum_kernel(
         holds = exists & (row >= begin) & (row < end)
         share_ptr = landed_ptr + tl.cast(n_rows, tl.int64) * ROW * share
         total += tl.load(share_ptr + offsets, mask=holds[:, None] & inside, other=0.0)
+    if UNITS > 1:
+        left_over = (document < 0) | (exists & (row >= first_row + unit * UNITS))
+        total = tl.where(left_over[:, None], float("nan"), total)
     number = cast(total, result_ptr.dtype.element_ty)
     tl.store(result_ptr + offsets, number, mask=exist[:, None] & inside)
