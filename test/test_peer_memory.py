@@ -147,6 +147,17 @@ def on_threads(host, work):
     return results
 
 
+def memories(host):
+    """Return the memory of every rank."""
+
+    def work(rank):
+        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
+        host.barrier.wait()
+        return memory
+
+    return on_threads(host, work)
+
+
 def calls(host, rank, layers):
     """Return the results of each layer, and the mailboxes afterwards."""
     memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
@@ -191,12 +202,7 @@ def test_ranks_meet_in_real_mailboxes(host):
 
 
 def test_nothing_is_allocated_while_a_graph_is_captured(host, monkeypatch):
-    def work(rank):
-        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
-        host.barrier.wait()
-        return memory
-
-    memory = on_threads(host, work)[0]
+    memory = memories(host)[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for allocate in (memory.shared, memory.local):
         with pytest.raises(RuntimeError, match="run both once before"):
@@ -206,12 +212,7 @@ def test_nothing_is_allocated_while_a_graph_is_captured(host, monkeypatch):
 def test_a_captured_pass_is_not_tied_to_calls_outside(host, monkeypatch):
     """CUDA refuses a wait for an event from outside a capture, and one outside for one of it."""
 
-    def work(rank):
-        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
-        host.barrier.wait()
-        return memory
-
-    memory, waited = on_threads(host, work)[0], []
+    memory, waited = memories(host)[0], []
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: waited.append(event))
     memory.close_pass(memory.open_pass())
     assert waited == [], "there was no pass before"
@@ -228,12 +229,7 @@ def test_a_captured_pass_is_not_tied_to_calls_outside(host, monkeypatch):
 
 
 def test_a_pass_tells_the_watchdog_that_it_is_over(host, monkeypatch):
-    def work(rank):
-        memory = PeerMemory(SimpleNamespace(rank=rank, group_name="the group"), CPU)
-        host.barrier.wait()
-        return memory
-
-    memory, ended = on_threads(host, work)[0], []
+    memory, ended = memories(host)[0], []
     watching = memory._watchdog
     watching._end, watching._clock = ended.append, iter([0.0, 4.0, *range(8, 10000, 4)]).__next__
     stream = memory.open_pass()

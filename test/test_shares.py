@@ -109,3 +109,11 @@ def test_without_shares_it_is_rounded(device):
     result = torch.empty_like(own, dtype=torch.bfloat16)
     sum_shares(result, own, Shares(None))
     assert torch.equal(result, own.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("work", SUMS)
+def test_the_result_may_be_what_is_added_to(work, device):
+    own, landed = draw(1, device)
+    want = expect(own, landed, [range(3, 7)])
+    work(own, own, Shares(landed, ((3, 7),)))
+    assert torch.equal(own, want)

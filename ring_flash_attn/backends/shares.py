@@ -36,7 +36,7 @@ def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
     in two units, becomes NaN: nobody has computed it.
 
     Args:
-        result, own: [2, B, L, Hk, D], contiguous.
+        result, own: [2, B, L, Hk, D], contiguous; they may be one.
     """
     if shares.landed is not None and any(shares.parts) and result.is_cuda and has_triton():
         sum_in_one_pass(result, own, shares)
@@ -101,10 +101,11 @@ def _launch(shape: tuple[int, ...], parts: tuple[Interval | None, ...], units: i
 
 def _rows(shares: Shares, part: Interval, length: int) -> Tensor:
     """Return which of the rows a part covers, [length] bool."""
-    cu_seqlens, rows = shares.cu_seqlens, torch.arange(length)
+    cu_seqlens = shares.cu_seqlens
+    # On the device of cu_seqlens: bringing it there would make the host wait.
+    rows = torch.arange(length, device=None if cu_seqlens is None else cu_seqlens.device)
     if cu_seqlens is None:
         return (rows >= part[0]) & (rows < part[1])
-    rows = rows.to(cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
     inside = (document >= 0) & (document < len(cu_seqlens) - 1)
     document = document.clamp(0, len(cu_seqlens) - 2)

@@ -119,7 +119,9 @@ class CopyEngineExchange:
     def finish(self) -> tuple[Tensor, Tensor]:
         assert self._own is not None, "step 0 comes first"
         self._over = True
-        own, result = self._own, torch.empty_like(self._own, dtype=self._k.dtype)
+        own = result = self._own
+        if self._state != self._k.dtype:
+            result = torch.empty_like(own, dtype=self._k.dtype)
         self._await_shares()
         shares = self._shares()
         self._transport.compute(lambda: sum_shares(result, own, shares))
