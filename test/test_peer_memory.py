@@ -207,6 +207,8 @@ def test_nothing_is_allocated_while_a_graph_is_captured(host, monkeypatch):
     for allocate in (memory.shared, memory.local):
         with pytest.raises(RuntimeError, match="run both once before"):
             allocate((2, 2), torch.float32)
+    with pytest.raises(RuntimeError, match="run both once before"):
+        memory.settle()
 
 
 def test_a_captured_pass_is_not_tied_to_calls_outside(host, monkeypatch):

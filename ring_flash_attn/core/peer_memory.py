@@ -119,7 +119,8 @@ class PeerMemory:
         return watching
 
     def settle(self) -> None:
-        """Wait on the host until every rank's work so far is done."""
+        """Wait on the host until every rank's work so far is done, before memory is given back."""
+        self._refuse_capture()
         torch.cuda.synchronize(self._device)
         with torch.cuda.device(self._device):
             self._mail.handle.barrier()
