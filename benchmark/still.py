@@ -107,7 +107,7 @@ class StillCopyEngine:
 def still() -> Iterator[None]:
     """Let every call inside run its schedule without messages, as the exchange it asks for does."""
 
-    def open_still(group, plan, route: Route | None, k, v, state, backward):
+    def open_still(group, plan, route: Route | None, k, v, state, backward, merges=False):
         assert route is not None, "public calls have one"
         if route.exchange != "copy-engine":
             return StillRing(group, plan, k, v, state, route.traffic)

@@ -86,7 +86,7 @@ def capture(layers, member):
     return kept + train(layers[:1], member)
 
 
-def execute(program, size, seed, slow=(), exchange=CopyEngineExchange):
+def execute(program, size, seed, slow=(), exchange=CopyEngineExchange, merges=False):
     """Run a program on every rank; return the results that are wrong.
 
     slow: (rank, stream) pairs that go on only when nobody else can.
@@ -94,7 +94,7 @@ def execute(program, size, seed, slow=(), exchange=CopyEngineExchange):
     world = World(size)
     for rank in range(size):
         world.ranks[rank].another = world.stream(rank, "another")
-    members = [Member(world, rank, exchange) for rank in range(size)]
+    members = [Member(world, rank, exchange, merges=merges) for rank in range(size)]
     kept = [program(member) for member in members]
     world.run(seed, [stream for stream in world.streams if (stream.rank, stream.name) in slow])
     assert world.at_rest(), "mailboxes are not as they were"

@@ -18,7 +18,7 @@ from ring_flash_attn.backends.base import Backend, state_dtype
 from ring_flash_attn.backends.reference import ReferenceBackend
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
-from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, size_of
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.ring import ring_backward, ring_forward
 from ring_flash_attn.core.traffic import ring_traffic
@@ -112,6 +112,7 @@ class Member:
 
     Args:
         runs: what computes the steps; dtype: of what it gets.
+        merges: whether several sources may share a launch.
     """
 
     def __init__(
@@ -121,7 +122,9 @@ class Member:
         exchange: type = CopyEngineExchange,
         runs: Backend | None = None,
         dtype: torch.dtype = torch.float64,
+        merges: bool = False,
     ) -> None:
+        self._merges = merges
         self.rank, self.size = rank, world.size
         self.transport = world.ranks[rank]
         self._exchange, self._runs = exchange, runs or ReferenceBackend()
@@ -161,9 +164,10 @@ class Member:
         key = tuple(k.shape), k.dtype
         if key not in self._buffers:
             # One memory for all shapes that fit, as `choose` has it.
-            if self._store is None or self._store.elements < 2 * k.numel():
+            size = size_of(tuple(k.shape), self.size)
+            if self._store is None or not self._store.size.holds(size):
                 state = state_dtype(k.dtype)
-                self._store = PeerStore(self.transport, 2 * k.numel(), k.dtype, state)
+                self._store = PeerStore(self.transport, size, k.dtype, state)
             self._buffers[key] = PeerBuffers(self._store, tuple(k.shape))
         return self._buffers[key]
 
@@ -171,9 +175,10 @@ class Member:
     def _pass(self, held: Held, k: Tensor, v: Tensor, backward: bool) -> Iterator[tuple]:
         plan, traffic = self.plan(held.layer)
         state = state_dtype(k.dtype)
-        exchange = self._exchange(self.buffers(k), traffic, plan, k, v, state, backward)
+        given = self.buffers(k), traffic, plan, k, v, state, backward, self._merges
+        exchange = self._exchange(*given)
         try:
-            yield plan, exchange
+            yield exchange.plan, exchange
         except MemoryError:
             exchange.abandon()
 

@@ -5,7 +5,6 @@ with the ring over gloo. Memory that nobody wrote is NaN.
 """
 
 from functools import partial
-from math import prod
 
 import pytest
 import torch
@@ -24,10 +23,11 @@ from copy_engine_programs import (
 )
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Broken, Layer, Member, wrong
 from ranks import run_ranks
+from ring_flash_attn.core import merge
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
-from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, copy_engine_bytes
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, copy_engine_bytes, size_of
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.traffic import ring_traffic
 from stream_emulator import World
@@ -47,6 +47,16 @@ def test_float64_passes_equal_dense(size, layout, mask):
         assert not execute(program, size, seed)
 
 
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOW], ids=str)
+@pytest.mark.parametrize("layout", oracle.LAYOUTS)
+@pytest.mark.parametrize(("size", "sources"), [(3, 3), (4, 3), (4, 2), (6, 2), (6, 3)])
+def test_several_sources_in_a_launch_equal_dense(size, sources, layout, mask, monkeypatch):
+    monkeypatch.setattr(merge, "SOURCES", sources)
+    program = partial(train, pair(layout, mask, local_len=6))
+    for seed in range(2):
+        assert not execute(program, size, seed, merges=True)
+
+
 PROGRAMS = {
     "train": partial(train, MIXED),
     "infer": partial(infer, MIXED),
@@ -61,10 +71,26 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("size", [2, 3, 4], ids=lambda n: f"P{n}")
-def test_programs_are_right_whoever_is_slow(size, name):
+@pytest.mark.parametrize(
+    ("size", "merges"), [(2, False), (3, False), (4, False), (3, True), (5, True)]
+)
+def test_programs_are_right_whoever_is_slow(size, merges, name):
     for seed, slow in enumerate(bad_luck(size)):
-        assert not execute(PROGRAMS[name], size, seed, slow), f"slow: {slow}"
+        assert not execute(PROGRAMS[name], size, seed, slow, merges=merges), f"slow: {slow}"
+
+
+def test_a_merged_pass_launches_once_for_several_sources():
+    launched = {}
+    for merges in (False, True):
+        world = World(4)
+        members = [Member(world, rank, merges=merges) for rank in range(4)]
+        kept = [train([Layer("zigzag")], member) for member in members]
+        names = [operation.name for stream in world.streams for operation, _ in stream.queue]
+        world.run(0)
+        for member, [held] in zip(members, kept, strict=True):
+            assert not wrong(member, held)
+        launched[merges] = names.count("forward"), names.count("backward")
+    assert launched == {False: (16, 16), True: (8, 8)}
 
 
 def ring_results(rank, size, layers):
@@ -187,7 +213,7 @@ def test_the_formula_counts_what_is_allocated(size):
     shape = (2, 64, 4, 16)
     world = World(size)
     ranks = [
-        PeerStore(transport, 2 * prod(shape), torch.bfloat16, torch.float32)
+        PeerStore(transport, size_of(shape, size), torch.bfloat16, torch.float32)
         for transport in world.ranks
     ]
     for backward in (False, True):
@@ -252,7 +278,7 @@ def test_k_and_v_are_staged_before_step_0_and_fetched_behind_its_launch():
     )
     k = torch.zeros(1, 8, 1, 4)
     log = Log()
-    store = PeerStore(log, 2 * k.numel(), k.dtype, torch.float32)
+    store = PeerStore(log, size_of(tuple(k.shape), 2), k.dtype, torch.float32)
     buffers = PeerBuffers(store, tuple(k.shape))
     exchange = CopyEngineExchange(buffers, traffic, plan, k, k, torch.float32, False)
     exchange.kv(0)

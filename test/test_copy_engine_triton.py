@@ -87,11 +87,12 @@ def documents(size):
     return inputs(Shape(rows, rows, heads=4, key_heads=2, head_dim=16))
 
 
-def check(kind, layer, size, device, rounds):
+def check(kind, layer, size, device, rounds, merges=False):
     from ring_flash_attn.backends.triton import TritonBackend
 
     world = World(size, str(device))
-    members = [kind(world, rank, runs=TritonBackend(), dtype=torch.float32) for rank in range(size)]
+    given = {"runs": TritonBackend(), "dtype": torch.float32, "merges": merges}
+    members = [kind(world, rank, **given) for rank in range(size)]
     for seed in range(rounds):
         kept = [member.forward(layer) for member in members]
         for member in members:
@@ -119,6 +120,18 @@ def test_batches(layout, mask, device):
 )
 def test_documents_on_the_device(layout, mask, device):
     check(PackedMember, Layer(layout, mask, local_len=ROWS), 2, device, rounds=1)
+
+
+@pytest.mark.parametrize("kind", [Member, PackedMember])
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [("zigzag", CAUSAL), ("zigzag", WINDOW), ("zigzag", FULL), ("stripe", CAUSAL)],
+    ids=str,
+)
+def test_several_sources_in_a_launch(layout, mask, kind, device):
+    rows = ROWS if kind is PackedMember else 22
+    layer = Layer(layout, mask, local_len=rows, head_dim=16)
+    check(kind, layer, 3 if device.type == "cpu" else 4, device, rounds=1, merges=True)
 
 
 def on_gpus(rank, layout, window):

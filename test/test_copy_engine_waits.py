@@ -9,22 +9,23 @@ from functools import partial
 import pytest
 
 from copy_engine_programs import MIXED, bad_luck, capture, execute, infer, pair, train, two_streams
-from ring_flash_attn.core import copy_engine
+from ring_flash_attn.core import copy_engine, merge
 from stream_emulator import IllegalCapture, LostSignal, Stuck
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 
 ZIGZAG, CONTIGUOUS = pair("zigzag"), pair("contiguous")
-READY = "        transport.take(pull, (owner,), Channel.KV_READY)\n"
+READY = "            transport.take(pull, (owner,), Channel.KV_READY)\n"
 FETCH = (
-    "        for target, source in self._buffers.pieces(index, owner, rows):\n"
-    "            transport.copy(pull, target, source)\n"
+    "            for target, source in self._buffers.pieces(self._slot(hop), owner, rows):\n"
+    "                transport.copy(pull, target, source)\n"
 )
-FREED = "        transport.signal(pull, (owner,), Channel.KV_FREE)\n"
+FREED = "            transport.signal(pull, (owner,), Channel.KV_FREE)\n"
 SUM = "        self._transport.compute(lambda: sum_shares(result, own, shares))\n"
 MUTATIONS = {
-    # name: (what is in the source, what it becomes, a program that must notice, ranks)
+    # name: (what is in the source, what it becomes, a program that must notice, ranks, whether
+    # launches are over two sources)
     "nothing": ("", "", partial(train, ZIGZAG), 4),
     "nothing from a graph": ("", "", partial(capture, [ZIGZAG[0], CONTIGUOUS[0]]), 3),
     "K, V are staged": (READY, "", partial(train, ZIGZAG), 4),
@@ -47,7 +48,7 @@ MUTATIONS = {
         4,
     ),
     "a slot is read": (
-        "            transport.wait(pull, self._read[index - slots])\n",
+        "            transport.wait(pull, self._read[index - AHEAD])\n",
         "            pass\n",
         partial(train, ZIGZAG),
         4,
@@ -58,6 +59,21 @@ MUTATIONS = {
         partial(train, ZIGZAG),
         4,
     ),
+    "several sources have arrived": (
+        "        self._transport.wait(self._compute, self._pulled[index])\n",
+        "",
+        partial(train, ZIGZAG),
+        5,
+        True,
+    ),
+    "the slots of a launch are read": (
+        "            transport.wait(pull, self._read[index - AHEAD])\n",
+        "            pass\n",
+        partial(train, ZIGZAG),
+        6,
+        True,
+    ),
+    "nothing from launches over several sources": ("", "", partial(train, ZIGZAG), 6, True),
     "the caller has written k, v": (
         "        transport.wait(transport.pull_stream, transport.record(self._compute))\n",
         "",
@@ -71,8 +87,8 @@ MUTATIONS = {
         4,
     ),
     "a share is announced when it is written": (
-        "        self._transport.signal(self._compute, (owner,), Channel.ARRIVED)\n",
-        "        self._transport.signal(self._transport.pull_stream, (owner,), Channel.ARRIVED)\n",
+        "        self._transport.signal(self._compute, owners, Channel.ARRIVED)\n",
+        "        self._transport.signal(self._transport.pull_stream, owners, Channel.ARRIVED)\n",
         partial(train, ZIGZAG),
         4,
     ),
@@ -116,13 +132,14 @@ def mutant(old, new):
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_missing_wait_is_noticed(name):
-    old, new, program, size = MUTATIONS[name]
+def test_a_missing_wait_is_noticed(name, monkeypatch):
+    old, new, program, size, *merges = MUTATIONS[name]
+    monkeypatch.setattr(merge, "SOURCES", 2 if merges else 1)
     exchange = mutant(old, new)
     found = []
     for seed, slow in enumerate(bad_luck(size) * 3):
         try:
-            found += execute(program, size, seed, slow, exchange)
+            found += execute(program, size, seed, slow, exchange, bool(merges))
         except (Stuck, LostSignal, IllegalCapture, AssertionError) as error:
             found.append(repr(error))
         if found:

@@ -20,7 +20,7 @@ from ring_flash_attn.backends.reference import ReferenceBackend
 from ring_flash_attn.core import peer_memory
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
-from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, size_of
 from ring_flash_attn.core.peer_memory import PeerMemory, _StreamMemory
 from ring_flash_attn.core.plan import plan_ring
 from ring_flash_attn.core.ring import ring_backward, ring_forward
@@ -170,9 +170,9 @@ def calls(host, rank, layers):
         rows = Layout(layer.layout, layer.local_len, host.size)
         plan, traffic = (make(attention, rows, rows, rank) for make in (plan_ring, ring_traffic))
         if buffers is None:
-            buffers = PeerBuffers(
-                PeerStore(memory, 2 * k.numel(), k.dtype, k.dtype), tuple(k.shape)
-            )
+            shape = tuple(k.shape)
+            store = PeerStore(memory, size_of(shape, memory.world_size), k.dtype, k.dtype)
+            buffers = PeerBuffers(store, shape)
         arguments = buffers, traffic, plan, k, v, k.dtype
         out, lse = ring_forward(attention, plan, backend, CopyEngineExchange(*arguments, False), q)
         saved = backend.prepare_backward(dout, out, lse, dlse)

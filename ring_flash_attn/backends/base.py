@@ -39,11 +39,21 @@ class GradTarget(NamedTuple):
     `add`: add to what is there; otherwise store into every row that a block touches (the exchange
     minds the others). It may lie in the memory of another GPU, where storing is cheap and reading
     is not.
+
+    A step over several sources, which has a `span`, has a dk and a dv for each:
+
+    Attributes:
+        others: dk, dv of the second source, the third ...
+        offsets: [n] int64 on the device: where each source's dk is, as kernels read it: less the
+            first one's address and `span` rows for each source before it, in units of 4 numbers.
+            dv are as far from each other as dk.
     """
 
     dk: Tensor
     dv: Tensor
     add: bool
+    others: tuple[tuple[Tensor, Tensor], ...] = ()
+    offsets: Tensor | None = None
 
 
 class TargetOnRequest(NamedTuple):
@@ -63,10 +73,12 @@ class Backend(Protocol):
         reads_documents: whether it takes every DocumentsStep. Of another backend
             `backends.needs_lengths` says why it gets blocks of rows instead, for which the lengths
             of packed documents have been read on the host.
+        merges: whether it takes steps over several sources, whose keys lie in one tensor.
     """
 
     name: str
     reads_documents: bool
+    merges: bool
 
     def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Return every reason why this backend cannot run these inputs; empty if it can."""

@@ -5,7 +5,7 @@ attention kernels do not come here: they fold inside the kernel.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class BlockBackend:
 
     name = "block"
     reads_documents = False
+    merges = True
 
     def blocks_of(self, step_plan: StepPlan) -> tuple[Block, ...]:
         """Return the step's blocks, cut as this backend's kernel needs them."""
@@ -111,10 +112,15 @@ class BlockBackend:
                 put(None if store or dq is None else dq[:, part], share, target[:, part])
             if dkv is None:
                 dkv = dkv_target()
+                sources = ((dkv.dk, dkv.dv), *dkv.others)
                 if not (dkv.add or alone):
-                    dkv.dk.zero_()
-                    dkv.dv.zero_()
-            for x, share in ((dkv.dk[:, keys], block_dk), (dkv.dv[:, keys], block_dv)):
+                    for x in chain.from_iterable(sources):
+                        x.zero_()
+            # No block has keys of two sources.
+            source, first = divmod(block.k_begin, step_plan.span or step_plan.k_len)
+            own = slice(first, first + block.k_end - block.k_begin)
+            for whole, share in zip(sources[source], (block_dk, block_dv), strict=True):
+                x = whole[:, own]
                 put(None if alone and not dkv.add else x, share, x)
         if not alone:
             _copy_finished(step_plan, dq, result)

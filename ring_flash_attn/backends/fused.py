@@ -27,6 +27,8 @@ class FusedBackend(BlockBackend):
     """One call of a fused kernel per block; for packed documents, where they can be one call, per
     step."""
 
+    merges = False  # a kernel takes the keys of a step as documents side by side
+
     def kernel_forward(
         self, attention: Attention, block: Block | Varlen, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:

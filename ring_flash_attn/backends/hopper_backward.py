@@ -21,7 +21,7 @@ from .base import GradTarget, Saved, Step
 from .descriptors import Like, addressable, like
 from .documents import Side
 from .launch import ADDRESS, Described, Launch, strides, targets
-from .work import BackwardInputs, heads, tables
+from .work import BackwardInputs, heads, source_arguments, tables
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -134,7 +134,7 @@ class HopperStep(NamedTuple):
             self.launch_fused(config, summed, GradTarget(dk, dv, add=False), copies)
             target = dkv_target()
             for own, total in ((dk, target.dk), (dv, target.dv)):
-                self._move(own, total, self.keys, ADD=target.add, COPIES=copies)
+                self._move(own, total, self.keys, target.offsets, ADD=target.add, COPIES=copies)
         if result is None or result is dq:
             return
         if dq is None:
@@ -175,8 +175,10 @@ class HopperStep(NamedTuple):
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
         rotate = config.rotate and self._full()
-        start = _fused_launch(config, self.inputs, like(dq), *_likes(target), rotate, copies)
-        self._launch(start, self.keys, {"dq": dq, "dk_ptr": target.dk, "dv_ptr": target.dv})
+        start = _fused_launch(
+            config, self.inputs, like(dq), *_likes(target), self._span(target), rotate, copies
+        )
+        self._launch(start, self.keys, {"dq": dq} | _given(target))
 
     def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
         """Store or add dq, in the result where it is finished."""
@@ -185,8 +187,12 @@ class HopperStep(NamedTuple):
 
     def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
         """Store or add dk and dv."""
-        start = _wide_dkv_launch(config, self.inputs, *_likes(target))
-        self._launch(start, self.keys, {"dk_ptr": target.dk, "dv_ptr": target.dv})
+        start = _wide_dkv_launch(config, self.inputs, *_likes(target), self._span(target))
+        self._launch(start, self.keys, _given(target))
+
+    def _span(self, target: GradTarget) -> int:
+        """Return how far apart several sources' keys are, if their dk, dv are in several places."""
+        return 0 if target.offsets is None else self.step_plan.span
 
     def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
         """Launch one program for each of a side's tiles and each head."""
@@ -194,14 +200,24 @@ class HopperStep(NamedTuple):
         given |= tables(self.step_plan, side, self.sides, self.saved.lse.device)
         start(given["n_tiles"] * start.arguments["n_heads"], given)
 
-    def _move(self, source: Tensor, target: Tensor, side: Side, **constants: int) -> None:
+    def _move(
+        self,
+        source: Tensor,
+        target: Tensor,
+        side: Side,
+        offsets: Tensor | None = None,
+        **constants: int,
+    ) -> None:
         """Store source, or with ADD add it, to the target in the rows of a side's tiles.
 
-        COPIES: so many heads of source are summed for each of the target.
+        Args:
+            offsets: of keys of several sources, as GradTarget has them.
+            constants: COPIES: so many heads of source are summed for each of the target.
         """
-        q, k = self.inputs.q, self.inputs.k
-        start = _rows_launch(q, k, side, like(source), like(target), **constants)
-        self._launch(start, side, {"source_ptr": source, "target_ptr": target})
+        q, k, span = self.inputs.q, self.inputs.k, 0 if offsets is None else self.step_plan.span
+        start = _rows_launch(q, k, side, like(source), like(target), span, **constants)
+        given = {"source_ptr": source, "target_ptr": target, "offsets_ptr": offsets}
+        self._launch(start, side, given)
 
 
 def _arguments(
@@ -237,13 +253,14 @@ def _fused_launch(
     dk: Like,
     dv: Like,
     add: bool,
+    span: int,
     rotate: bool,
     copies: int,
 ) -> Launch:
     """Return the launch of _hopper_bwd_kernel."""
     rows, keys = config.block_m, Side(True, config.key_rows)
     arguments = _arguments(inputs, keys, rows, with_dq=True, copies=copies)
-    arguments |= _gradients(dk, dv, add)
+    arguments |= _gradients(dk, dv, add, span)
     arguments |= {
         "dq": _describe(dq, rows, arguments["BLOCK_D"], inputs.documents),
         "copies": copies,
@@ -274,32 +291,44 @@ def _wide_dq_launch(config: WideConfig, inputs: BackwardInputs, dq: Like, add: b
 
 @lru_cache(maxsize=1024)
 def _wide_dkv_launch(
-    config: WideConfig, inputs: BackwardInputs, dk: Like, dv: Like, add: bool
+    config: WideConfig, inputs: BackwardInputs, dk: Like, dv: Like, add: bool, span: int
 ) -> Launch:
     """Return the launch of _hopper_dkv_kernel."""
     arguments = _arguments(inputs, Side(True, config.key_rows), 64)
-    arguments |= _gradients(dk, dv, add) | {"PRODUCER_REGISTERS": config.registers[2]}
+    arguments |= _gradients(dk, dv, add, span) | {"PRODUCER_REGISTERS": config.registers[2]}
     return _with_registers(_hopper_dkv_kernel, config, arguments)
 
 
 @lru_cache(maxsize=1024)
 def _rows_launch(
-    q: Like, k: Like, side: Side, source: Like, target: Like, ADD=False, FINISHED=False, COPIES=1
+    q: Like,
+    k: Like,
+    side: Side,
+    source: Like,
+    target: Like,
+    span: int,
+    ADD: bool = False,
+    FINISHED: bool = False,
+    COPIES: int = 1,
 ) -> Launch:
     """Return the launch of _rows_kernel on a side's tiles."""
     all_arguments = heads(1.0, q, k, side)
     names = "tiles_ptr", "n_tiles", "n_heads", "heads_in_flight", "heads", "HEAD_DIM"
-    arguments = {name: all_arguments[name] for name in names} | {
-        "source_ptr": ADDRESS,
-        "target_ptr": ADDRESS,
-        "source_strides": strides(source),
-        "target_strides": strides(target),
-        "BLOCK": _ROWS,
-        "BLOCK_D": block_d(source.shape[3]),
-        "ADD": ADD,
-        "FINISHED": FINISHED,
-        "COPIES": COPIES,
-    }
+    arguments = (
+        {name: all_arguments[name] for name in names}
+        | source_arguments(span)
+        | {
+            "source_ptr": ADDRESS,
+            "target_ptr": ADDRESS,
+            "source_strides": strides(source),
+            "target_strides": strides(target),
+            "BLOCK": _ROWS,
+            "BLOCK_D": block_d(source.shape[3]),
+            "ADD": ADD,
+            "FINISHED": FINISHED,
+            "COPIES": COPIES,
+        }
+    )
     return Launch(_rows_kernel, arguments)
 
 
@@ -311,15 +340,20 @@ def _with_registers(
     return Launch(kernel, arguments, num_warps=4, maxnreg=at_launch)
 
 
-def _gradients(dk: Like, dv: Like, add: bool) -> dict[str, Any]:
+def _gradients(dk: Like, dv: Like, add: bool, span: int) -> dict[str, Any]:
     """Return what a kernel is told of dk and dv."""
-    return {
+    return source_arguments(span) | {
         "dk_ptr": ADDRESS,
         "dv_ptr": ADDRESS,
         "dk_strides": _strides_of_batches(dk),
         "dv_strides": _strides_of_batches(dv),
         "ADD": add,
     }
+
+
+def _given(target: GradTarget) -> dict[str, Any]:
+    """Return what a launch gives of dk and dv."""
+    return {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
 
 
 def _likes(target: GradTarget) -> tuple[Like, Like, bool]:

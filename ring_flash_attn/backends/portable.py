@@ -13,7 +13,7 @@ from ..kernels.forward import _fwd_kernel
 from .descriptors import Like, tma_shape
 from .documents import Side
 from .launch import ADDRESS, Described, Launch, strides
-from .work import BackwardInputs, heads
+from .work import BackwardInputs, heads, source_arguments
 
 DELTA_ROWS = 64  # of a program of _delta_kernel
 
@@ -62,17 +62,21 @@ def dq_launch(config: configs.LaunchConfig, inputs: BackwardInputs, dq: Like, ad
 
 @lru_cache(maxsize=1024)
 def dkv_launch(
-    config: configs.LaunchConfig, inputs: BackwardInputs, dk: Like, dv: Like, add: bool
+    config: configs.LaunchConfig, inputs: BackwardInputs, dk: Like, dv: Like, add: bool, span: int
 ) -> Launch:
     """Return the launch of _bwd_kernel_dkv for such inputs and dk, dv."""
-    outputs = inputs.statistics() | {
-        "dk_ptr": ADDRESS,
-        "dv_ptr": ADDRESS,
-        "dk_strides": strides(dk),
-        "dv_strides": strides(dv),
-        "ADD": add,
-        "COPIES": config.copies,
-    }
+    outputs = (
+        inputs.statistics()
+        | source_arguments(span)
+        | {
+            "dk_ptr": ADDRESS,
+            "dv_ptr": ADDRESS,
+            "dk_strides": strides(dk),
+            "dv_strides": strides(dv),
+            "ADD": add,
+            "COPIES": config.copies,
+        }
+    )
     scale, documents = inputs.softmax_scale, inputs.documents
     return _portable(_bwd_kernel_dkv, "dkv", config, scale, inputs.sources(), outputs, documents)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..core.attention import Attention
-from ..core.packed import DocumentsStep
 from ..kernels import configs
 from ..kernels.hopper.configs import (
     BackwardConfig,
@@ -23,7 +22,7 @@ from .base import GradTarget, Saved, Step
 from .descriptors import like
 from .documents import Side
 from .launch import Launch, on, targets
-from .work import backward_inputs, one_entry, tables
+from .work import backward_inputs, ends_inside, one_entry, tables
 
 
 class TritonBackend:
@@ -35,6 +34,7 @@ class TritonBackend:
 
     name = "triton"
     reads_documents = True
+    merges = True
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class TritonBackend:
         if not step_plan.sees:
             return
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        documents = isinstance(step_plan, DocumentsStep)
+        documents = ends_inside(step_plan)
         choices = self._choices(attention, q, documents)
         given = {"q": q, "k": k, "v": v, "state": out, "out_ptr": out, "result_ptr": result}
         given["lse_ptr"] = lse
@@ -146,7 +146,7 @@ class TritonBackend:
         if not step_plan.sees:
             return
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        documents = isinstance(step_plan, DocumentsStep)
+        documents = ends_inside(step_plan)
         choices = self._choices(attention, q, documents)
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
         inputs = backward_inputs(attention, saved, sources, documents)
@@ -169,9 +169,9 @@ class TritonBackend:
             target = dkv_target()
             config = choices.configs["dkv"]
             start = portable.dkv_launch(
-                config, inputs, like(target.dk), like(target.dv), target.add
+                config, inputs, like(target.dk), like(target.dv), target.add, step_plan.span
             )
-            given |= {"dk_ptr": target.dk, "dv_ptr": target.dv}
+            given |= {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
             side = portable.side_of("dkv", config)
             _launch(start, given | tables(step_plan, side, choices.sides, q.device))
 

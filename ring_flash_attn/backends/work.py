@@ -62,7 +62,7 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
         q, k, v, dout: [B, L, H, D]. lse_strides, delta_strides: of [B, H, L].
-        documents: whether the rows are packed documents, whose lengths the device knows.
+        documents: whether entries end inside of tensors, see `ends_inside`.
     """
 
     q: Like
@@ -122,6 +122,19 @@ def tables(
         finished = () if side.keys else step_plan.finished
         table = _uploaded(step_plan.blocks, finished, side, device)
     return {"tiles_ptr": table.tiles, "entries_ptr": table.entries, "n_tiles": table.n_tiles}
+
+
+def ends_inside(step_plan: Step) -> bool:
+    """Return whether what follows on an entry's rows must not reach a product.
+
+    It may be another document or, between the keys of several sources, rows that nobody fetched.
+    """
+    return isinstance(step_plan, DocumentsStep) or step_plan.span > 0
+
+
+def source_arguments(span: int) -> dict[str, Any]:
+    """Return the arguments that say where dk and dv of several sources go, see GradTarget."""
+    return {"offsets_ptr": ADDRESS if span else None, "span": span}
 
 
 def one_entry(step_plan: Step, side: Side) -> bool:

@@ -16,7 +16,7 @@ from .agree import gather_objects
 from .copy_engine import CopyEngineExchange
 from .exchange import Exchange, RingExchange
 from .packed import DocumentsPlan
-from .peer_buffers import PeerBuffers, PeerStore
+from .peer_buffers import PeerBuffers, PeerStore, size_of
 from .peer_memory import PeerMemory, out_of_reach, place_of
 from .plan import RingPlan
 from .traffic import Traffic
@@ -48,7 +48,9 @@ class _Group:
         self.reasons: dict[torch.device, list[str]] = {}
         self.memories: dict[torch.device, PeerMemory] = {}
         self.stores: dict[tuple, PeerStore] = {}
-        self.kept: list[PeerStore] = []  # outgrown, but a CUDA graph holds their addresses
+        # What CUDA graphs hold addresses of: memory that was outgrown, and views.
+        self.kept: list[PeerStore] = []
+        self.captured: dict[int, PeerBuffers] = {}
         self.buffers: OrderedDict[tuple, PeerBuffers] = OrderedDict()
 
 
@@ -81,6 +83,7 @@ def open_exchange(
     v: Tensor,
     state: torch.dtype,
     backward: bool,
+    merges: bool = False,
 ) -> Exchange:
     """Return the exchange of one pass. Collective, and a host sync, where memory is new.
 
@@ -88,6 +91,7 @@ def open_exchange(
         route: None for the ring, all rows.
         k, v: [B, L, Hk, D], this rank's own. state: dtype of dk, dv as they travel.
         backward: whether the pass returns dk, dv.
+        merges: whether the backend takes steps over several sources.
 
     Raises:
         NotImplementedError: the route is required and not possible; the same on every rank.
@@ -103,7 +107,7 @@ def open_exchange(
         reasons = _reasons(ours, member, k.device)
         if not reasons:
             buffers = _buffers(ours, k, state)
-            return CopyEngineExchange(buffers, route.traffic, plan, k, v, state, backward)
+            return CopyEngineExchange(buffers, route.traffic, plan, k, v, state, backward, merges)
         if route.exchange == "copy-engine":
             raise NotImplementedError(
                 "the copy-engine exchange cannot run on this group, use exchange='ring': "
@@ -152,18 +156,20 @@ def _buffers(ours: _Group, k: Tensor, state: torch.dtype) -> PeerBuffers:
         if len(ours.buffers) > KEPT_SHAPES:
             ours.buffers.popitem(last=False)
     ours.buffers.move_to_end(key)
-    store.kept |= memory.capturing()
+    if memory.capturing():
+        store.kept = True
+        ours.captured[id(ours.buffers[key])] = ours.buffers[key]
     return ours.buffers[key]
 
 
 def _store(ours: _Group, memory: PeerMemory, k: Tensor, state: torch.dtype) -> PeerStore:
     """Return memory that k and v fit in."""
-    key, elements = (k.device, k.dtype), 2 * k.numel()
+    key, size = (k.device, k.dtype), size_of(tuple(k.shape), memory.world_size)
     store = ours.stores.get(key)
-    if store is not None and store.elements >= elements:
+    if store is not None and store.size.holds(size):
         return store
     if store is not None:
-        elements = max(elements, int(store.elements * GROWTH))
+        size = store.size.grown(size, GROWTH)
         memory.settle()  # A peer may still be reading it.
         if store.kept:
             ours.kept.append(store)
@@ -171,5 +177,5 @@ def _store(ours: _Group, memory: PeerMemory, k: Tensor, state: torch.dtype) -> P
         for each in outgrown:
             del ours.buffers[each]
         del ours.stores[key], store
-    ours.stores[key] = store = PeerStore(memory, elements, k.dtype, state)
+    ours.stores[key] = store = PeerStore(memory, size, k.dtype, state)
     return store

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..backends.base import GradTarget
 from ..backends.shares import Shares, sum_shares
+from .merge import rounds_of
 from .packed import DocumentsPlan, DocumentsStep
-from .peer_buffers import PeerBuffers
+from .peer_buffers import AHEAD, PeerBuffers
 from .plan import RingPlan
 from .traffic import Traffic, rows_to_zero
 from .transport import Channel
@@ -21,9 +22,10 @@ class CopyEngineExchange:
     """One pass of one call over `PeerBuffers`, as the protocol `Exchange`.
 
     The pull stream stages this rank's k, v once every peer has fetched the pass before, then
-    fetches source after source, `SLOTS` ahead of the kernels. It starts behind the caller's stream
-    and joins it at the end, so tensors of a call follow the caller's stream. Kernels write their
-    share of a source's dk, dv into its owner's landing slot, and the owner adds them up.
+    fetches source after source, those of `AHEAD` launches ahead of the kernels. It starts behind
+    the caller's stream and joins it at the end, so tensors of a call follow the caller's stream.
+    Kernels write their share of a source's dk, dv into its owner's landing slot, and the owner adds
+    them up.
 
     Buffers change hands like this:
 
@@ -41,6 +43,10 @@ class CopyEngineExchange:
         k, v: [B, L, Hk, D], this rank's own, any strides; read.
         state: dtype of dk, dv as they travel and are summed.
         backward: whether the pass returns dk, dv.
+        merges: whether steps may be over several sources.
+
+    Attributes:
+        plan: the steps to walk.
     """
 
     def __init__(
@@ -52,18 +58,21 @@ class CopyEngineExchange:
         v: Tensor,
         state: torch.dtype,
         backward: bool,
+        merges: bool = False,
     ) -> None:
-        self._buffers, self._traffic, self._plan = buffers, traffic, plan
+        # Rounds of the hops that fetch something, by their numbers.
+        self._rounds = rounds_of(traffic.fetched, buffers.sources if merges else 1)
+        alone = all(len(hops) == 1 for hops in self._rounds)
+        self.plan = plan if alone else buffers.merged(plan, self._rounds)
+        self._buffers, self._traffic, self._hops = buffers, traffic, plan
         self._k, self._v, self._state, self._backward = k, v, state, backward
         self._transport = buffers.transport
-        self._last = len(plan.steps) - 1
-        # Steps that fetch something, in order: the n-th uses slot n modulo their number.
-        self._fetched = traffic.fetched
+        self._last = self.plan.steps[-1].step
         self._compute = None
         self._own: Tensor | None = None
-        self._pulled: list = []  # events, in the order of _fetched
+        self._pulled: list = []  # events, by round
         self._read: list = []
-        self._written = 0  # shares that their owners have been told of
+        self._written = 0  # rounds whose owners have been told of their shares
         self._over = False
         if backward:
             buffers.open_backward()
@@ -77,14 +86,17 @@ class CopyEngineExchange:
         rows = self._traffic.pulls[step]
         if rows is None:
             return self._k[:, :0], self._v[:, :0]
-        index = self._fetched.index(step)
+        index = len(self._read)
+        hops = self._rounds[index]
         self._transport.wait(self._compute, self._pulled[index])
+        last = self._traffic.pulls[hops[-1]]
+        assert hops[0] == step and last is not None
         # Rows behind the last that was fetched hold nothing: the tensors end there.
-        return self._buffers.fetched(index, rows[1])
+        return self._buffers.fetched(self._slot(hops[0]), last[1], len(hops))
 
     def kv_done(self, step: int) -> None:
         if step == 0:
-            for _ in self._buffers.slots:
+            for _ in range(AHEAD):
                 self._pull_next()
         if self._traffic.pulls[step] is not None:
             self._read.append(self._transport.record(self._compute))
@@ -100,20 +112,25 @@ class CopyEngineExchange:
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
             self._own = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
-            own = GradTarget(*self._own, add=False)
-            return self._zeroed(own, step, (0, self._k.shape[1]))
+            own = self._zeroed(self._own.unbind(), step, (0, self._k.shape[1]))
+            return GradTarget(*own, add=False)
         rows = self._traffic.pulls[step]
         if rows is None:
             assert self._own is not None, "step 0 comes first"
             return GradTarget(*self._own[:, :, :0], add=False)
-        share = self._buffers.share(self._traffic.source(step), step, rows[1])
-        return self._zeroed(GradTarget(*share, add=False), step, rows)
+        hops = self._rounds[self._written]
+        assert hops[0] == step
+        first, *others = (self._share(hop) for hop in hops)
+        offsets = None
+        if others and self._state == torch.float32:
+            offsets = self._buffers.offsets(tuple((self._traffic.source(x), x) for x in hops))
+        return GradTarget(*first, add=False, others=tuple(others), offsets=offsets)
 
     def dkv_done(self, step: int) -> None:
         if self._traffic.pulls[step] is None:
             return
-        owner = self._traffic.source(step)
-        self._transport.signal(self._compute, (owner,), Channel.ARRIVED)
+        owners = tuple(self._traffic.source(hop) for hop in self._rounds[self._written])
+        self._transport.signal(self._compute, owners, Channel.ARRIVED)
         self._written += 1
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -138,16 +155,16 @@ class CopyEngineExchange:
             return
         if self._compute is None:
             self._open()
-        while len(self._read) < len(self._fetched):
+        while len(self._read) < len(self._rounds):
             self._read.append(self._transport.record(self._compute))
             self._pull_next()
         self._join()
         if self._backward:
-            for step in self._fetched[self._written :]:
-                owner = self._traffic.source(step)
-                lost = self._buffers.landing[owner][step - 1]
-                self._transport.compute(lambda lost=lost: lost.fill_(torch.nan))
-                self.dkv_done(step)
+            for hops in self._rounds[self._written :]:
+                for hop in hops:
+                    lost = self._buffers.landing[self._traffic.source(hop)][hop - 1]
+                    self._transport.compute(lambda lost=lost: lost.fill_(torch.nan))
+                self.dkv_done(hops[0])
             self._await_shares()
         self._end()
 
@@ -172,20 +189,36 @@ class CopyEngineExchange:
         self._transport.signal(pull, readers, Channel.KV_READY)
 
     def _pull_next(self) -> None:
-        """Fetch the next source that is not under way, if there is one."""
-        index, slots = len(self._pulled), len(self._buffers.slots)
-        if index == len(self._fetched):
+        """Fetch the next round that is not under way, if there is one."""
+        index = len(self._pulled)
+        if index == len(self._rounds):
             return
-        step, transport, pull = self._fetched[index], self._transport, self._transport.pull_stream
-        rows, owner = self._traffic.pulls[step], self._traffic.source(step)
-        assert rows is not None
-        if index >= slots:
-            transport.wait(pull, self._read[index - slots])
-        transport.take(pull, (owner,), Channel.KV_READY)
-        for target, source in self._buffers.pieces(index, owner, rows):
-            transport.copy(pull, target, source)
-        transport.signal(pull, (owner,), Channel.KV_FREE)
+        transport, pull = self._transport, self._transport.pull_stream
+        if index >= AHEAD:
+            transport.wait(pull, self._read[index - AHEAD])
+        for hop in self._rounds[index]:
+            rows, owner = self._traffic.pulls[hop], self._traffic.source(hop)
+            assert rows is not None
+            transport.take(pull, (owner,), Channel.KV_READY)
+            for target, source in self._buffers.pieces(self._slot(hop), owner, rows):
+                transport.copy(pull, target, source)
+            transport.signal(pull, (owner,), Channel.KV_FREE)
         self._pulled.append(transport.record(pull))
+
+    def _slot(self, hop: int) -> int:
+        """Return which of the fetched sources a hop's is: the n-th uses slot n modulo their number.
+
+        Rounds are of one size but for the last, so those of two rounds do not meet, and one's are
+        neighbours.
+        """
+        return self._traffic.fetched.index(hop)
+
+    def _share(self, hop: int) -> tuple[Tensor, Tensor]:
+        """Return where this rank's share of a source's dk, dv goes."""
+        rows = self._traffic.pulls[hop]
+        assert rows is not None
+        share = self._buffers.share(self._traffic.source(hop), hop, rows[1])
+        return self._zeroed(share, hop, rows)
 
     def _await_shares(self) -> None:
         """Hold the caller's stream until every share of this rank's dk, dv is here."""
@@ -193,19 +226,21 @@ class CopyEngineExchange:
 
     def _shares(self) -> Shares:
         """Return what the readers of this rank's keys have handed in."""
-        traffic, step = self._traffic, self._plan.steps[0]
+        traffic, step = self._traffic, self._hops.steps[0]
         landed = self._buffers.landing[traffic.rank] if traffic.readers else None
         if isinstance(step, DocumentsStep):
             return Shares(landed, traffic.returns[1:], traffic.units, step.documents.cu_k)
         return Shares(landed, traffic.lends[1:])
 
-    def _zeroed(self, target: GradTarget, step: int, rows: tuple[int, int]) -> GradTarget:
-        """Return the target, with zeros where the step's kernels store nothing."""
-        for begin, end in rows_to_zero(self._plan.steps[step], rows):
-            for x in (target.dk, target.dv):
+    def _zeroed(
+        self, share: tuple[Tensor, Tensor], hop: int, rows: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return dk and dv, with zeros where the hop's kernels store nothing."""
+        for begin, end in rows_to_zero(self._hops.steps[hop], rows):
+            for x in share:
                 part = x[:, begin:end]
                 self._transport.compute(lambda part=part: part.zero_())
-        return target
+        return share
 
     def _join(self) -> None:
         transport = self._transport

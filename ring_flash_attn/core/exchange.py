@@ -15,7 +15,14 @@ from .traffic import Traffic, hull, rows_to_zero, whole_traffic
 
 
 class Exchange(Protocol):
-    """Bring every source's K, V here, and every share of dK, dV home."""
+    """Bring every source's K, V here, and every share of dK, dV home.
+
+    Attributes:
+        plan: what a ring walks: the steps of the call, or some of them merged (`merge`). A merged
+            step goes by the number of its first hop.
+    """
+
+    plan: RingPlan | DocumentsPlan
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         """Return k, v of source (rank - step) % P, readable now on the compute stream."""
@@ -75,7 +82,7 @@ class RingExchange:
         state: torch.dtype,
         traffic: Traffic | None = None,
     ) -> None:
-        self._k, self._v, self._state, self._plan = k, v, state, plan
+        self._k, self._v, self._state, self.plan = k, v, state, plan
         self._last = last = len(plan.steps) - 1
         if traffic is None:
             alone = isinstance(plan, RingPlan) or last == 0
@@ -168,7 +175,7 @@ class RingExchange:
 
     def _home(self, landed: Tensor | None) -> Shares:
         """Return what has come home as one share, if anything could."""
-        first = self._plan.steps[0]
+        first = self.plan.steps[0]
         if isinstance(first, DocumentsStep):
             parts, units = (hull(self._traffic.returns),), first.plan.units
             return Shares(landed, parts, units, first.documents.cu_k)
@@ -185,7 +192,7 @@ class RingExchange:
         return GradTarget(*target[:, :, : rows[1]], add=False)
 
     def _unstored(self, step: int, rows: Interval) -> tuple[Interval, ...]:
-        at = self._plan.steps[step]
+        at = self.plan.steps[step]
         if isinstance(at, DocumentsStep) and step > 0 and not at.meets_all_keys:
             return (rows,)  # a later reader may add to what this one has no key of
         return rows_to_zero(at, rows)

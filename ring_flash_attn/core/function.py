@@ -41,7 +41,7 @@ class Call:
 def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
     with _pass(call, k, v, backward=False) as exchange:
-        return ring_forward(call.attention, call.plan, call.backend, exchange, q)
+        return ring_forward(call.attention, exchange.plan, call.backend, exchange, q)
 
 
 @torch.no_grad()
@@ -63,14 +63,15 @@ def run_backward(
     """
     with _pass(call, k, v, backward=True) as exchange:
         saved = call.backend.prepare_backward(dout, out, lse, dlse)
-        return ring_backward(call.attention, call.plan, call.backend, exchange, saved, q)
+        return ring_backward(call.attention, exchange.plan, call.backend, exchange, saved, q)
 
 
 @contextmanager
 def _pass(call: Call, k: Tensor, v: Tensor, backward: bool) -> Iterator[Exchange]:
     """Open the exchange of one pass, and abandon it on an error."""
     state = state_dtype(k.dtype)
-    exchange = open_exchange(call.group, call.plan, call.route, k, v, state, backward)
+    merges = call.backend.merges
+    exchange = open_exchange(call.group, call.plan, call.route, k, v, state, backward, merges)
     try:
         yield exchange
     except BaseException:

@@ -33,6 +33,9 @@ class DocumentBlock(NamedTuple):
 
     Query row i sees key row j of the block iff lo <= j - i <= hi. Rows count from the first row of
     all documents, which is the same on every rank.
+
+    Attributes:
+        further: rows that the source's keys lie further on in k, where it holds several sources'.
     """
 
     q_begin: int
@@ -41,6 +44,7 @@ class DocumentBlock(NamedTuple):
     k_end: int
     lo: Line = Line(0, -FAR)
     hi: Line = Line(0, FAR)
+    further: int = 0
 
     def at(self, units: int, q: Interval, k: Interval) -> Block | None:
         """Return the block of a document with query rows q and key rows k, None if it is empty."""
@@ -72,12 +76,14 @@ class PackedStep(NamedTuple):
         step, source: as in StepPlan.
         blocks: disjoint blocks that together are the step's mask in each document.
         finished: query units that this step touches and no later one does.
+        span: as in StepPlan.
     """
 
     step: int
     source: int
     blocks: tuple[DocumentBlock, ...]
     finished: tuple[Interval, ...] = ()
+    span: int = 0
 
 
 class PackedPlan(NamedTuple):
@@ -152,6 +158,10 @@ class DocumentsStep(NamedTuple):
         return bool(self.plan.steps[self.index].blocks)
 
     @property
+    def span(self) -> int:
+        return self.plan.steps[self.index].span
+
+    @property
     def meets_all_keys(self) -> bool:
         """Whether every unit of a document's keys is in some block."""
         met = {
@@ -220,7 +230,7 @@ def plan_packed(attention: Attention, kind: str, world_size: int, rank: int) -> 
         source = (rank - step) % world_size
         steps.append(PackedStep(step, source, _blocks(attention, kind, world_size, rank, source)))
     units = 2 if kind == "zigzag" else 1
-    return PackedPlan(rank, world_size, units, _mark_finished(steps, units))
+    return PackedPlan(rank, world_size, units, mark_finished_units(steps, units))
 
 
 @lru_cache(maxsize=512)
@@ -289,7 +299,7 @@ def _above(a: Line, b: Line) -> bool:
     return a.per_unit >= b.per_unit and a.at(1) > b.at(1)
 
 
-def _mark_finished(steps: list[PackedStep], units: int) -> tuple[PackedStep, ...]:
+def mark_finished_units(steps: list[PackedStep], units: int) -> tuple[PackedStep, ...]:
     """Return the steps with `finished` set, by the rule for steps of known rows."""
     as_rows = [
         StepPlan(

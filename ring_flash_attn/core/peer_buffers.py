@@ -2,15 +2,44 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .merge import Rounds, merge_packed, merge_plan, sources_a_launch
+from .packed import DocumentsPlan, DocumentsStep, on_device
+from .plan import RingPlan
 from .transport import Transport
 
-SLOTS = 2  # sources whose K, V are here at a time: one read, one arriving
+AHEAD = 2  # launches whose K, V are here at a time: one's are read, one's arriving
 _KEPT_VIEWS = 1024
+
+
+class Size(NamedTuple):
+    """Elements of k and v together, and of all their slots."""
+
+    elements: int
+    slots: int
+
+    def holds(self, other: "Size") -> bool:
+        return self.elements >= other.elements and self.slots >= other.slots
+
+    def grown(self, other: "Size", growth: float) -> "Size":
+        """Return what holds both; of what has to grow at least so many times as much."""
+        pairs = zip(self, other, strict=True)
+        return Size(*(a if a >= b else max(b, int(a * growth)) for a, b in pairs))
+
+
+def size_of(shape: tuple[int, ...], world_size: int) -> Size:
+    """Return what passes need whose k has this shape, [B, L, Hk, D]."""
+    elements = 2 * prod(shape)
+    return Size(elements, elements * slots_of(shape, world_size))
+
+
+def slots_of(shape: tuple[int, ...], world_size: int) -> int:
+    """Return of how many sources K, V are here at a time."""
+    return min(AHEAD * sources_a_launch(shape), world_size - 1)
 
 
 class PeerStore:
@@ -21,26 +50,26 @@ class PeerStore:
     needs appears with the first one. Allocating is collective and syncs the host.
 
     Attributes:
-        elements: of k and v together, at most.
-        staged: [elements] of each rank, by rank. slots: tensors like it, of this rank alone.
+        size: what fits in it.
+        staged: [elements] of each rank, by rank.
+        slots: [slots], of this rank alone; None for one rank.
         landing: [(P - 1) elements] of the state's dtype, by rank.
         kept: whether a CUDA graph holds the addresses.
     """
 
     def __init__(
-        self, transport: Transport, elements: int, dtype: torch.dtype, state: torch.dtype
+        self, transport: Transport, size: "Size", dtype: torch.dtype, state: torch.dtype
     ) -> None:
-        self.transport, self.elements, self.state, self.kept = transport, elements, state, False
+        self.transport, self.size, self.state, self.kept = transport, size, state, False
         self.peers = transport.world_size - 1
-        self.staged = transport.shared((elements,), dtype) if self.peers else []
-        slots = range(min(SLOTS, self.peers))
-        self.slots = [transport.local((elements,), dtype) for _ in slots]
+        self.staged = transport.shared((size.elements,), dtype) if self.peers else []
+        self.slots = transport.local((size.slots,), dtype) if self.peers else None
         self.landing: list[Tensor] = []
 
     def open_backward(self) -> None:
         """Allocate what a backward needs beside it, if nobody has yet."""
         if self.peers and not self.landing:
-            self.landing = self.transport.shared((self.peers * self.elements,), self.state)
+            self.landing = self.transport.shared((self.peers * self.size.elements,), self.state)
 
 
 class PeerBuffers:
@@ -48,7 +77,8 @@ class PeerBuffers:
 
     Attributes:
         staged: [2, B, L, Hk, D] of each rank, by rank: its k and v, where the others fetch them.
-        slots: tensors like it, of this rank alone: what it fetched.
+        slots: tensors like it, of this rank alone: what it fetched, one behind the other in memory.
+        sources: how many may share a launch. span: rows from one's keys to the next one's then.
         landing: [P - 1, 2, B, L, Hk, D] in the state's dtype, by rank; [step - 1] is where rank
             (owner + step) % P puts its share.
     """
@@ -58,10 +88,15 @@ class PeerBuffers:
         self.store, self.transport = store, store.transport
         self._shape = (2, *shape)
         self.staged = [_first(x, self._shape) for x in store.staged]
-        self.slots = [_first(x, self._shape) for x in store.slots]
+        self.slots: list[Tensor] = []
+        if store.slots is not None:
+            count = slots_of(shape, self.transport.world_size)
+            self.slots = list(_first(store.slots, (count, *self._shape)))
+        self.sources, self.span = sources_a_launch(shape), 2 * shape[1]
         self.landing: list[Tensor] = []
         # A view costs the host as much as an operation on a stream, and passes use the same ones.
         self._views: dict[Any, Any] = {}
+        self._offsets: dict[tuple, Tensor] = {}
 
     def open_backward(self) -> None:
         """Allocate what a backward needs beside it, if nobody has yet."""
@@ -74,10 +109,23 @@ class PeerBuffers:
         """Return where this rank stages its k and its v."""
         return self._view("staged", lambda: self.staged[self.transport.rank].unbind())
 
-    def fetched(self, index: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return the first `end` rows of k and v in the slot of the index-th source."""
+    def fetched(self, index: int, end: int, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the first `end` rows of k and v in the slot of the index-th source.
+
+        Args:
+            count: of so many sources from it on, each but the last with all its rows.
+        """
         slot = index % len(self.slots)
-        return self._view(("slot", slot, end), lambda: self.slots[slot][:, :, :end].unbind())
+
+        def cut() -> tuple[Tensor, ...]:
+            first = self.slots[slot]
+            if count == 1:
+                return first[:, :, :end].unbind()
+            # k and v of a source are neighbours, so the next k is two lengths on: so many rows.
+            shape = 1, (count - 1) * self.span + end, *first.shape[3:]
+            return tuple(x.as_strided(shape, x.stride(), x.storage_offset()) for x in first)
+
+        return self._view(("slot", slot, end, count), cut)
 
     def pieces(self, index: int, owner: int, rows: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """Return (target, source) of rows on their way from their owner into that slot.
@@ -99,6 +147,37 @@ class PeerBuffers:
         """Return the first `end` rows of where this rank's share of dk and dv of a step goes."""
         key = "share", owner, step, end
         return self._view(key, lambda: self.landing[owner][step - 1][:, :, :end].unbind())
+
+    def offsets(self, places: tuple[tuple[int, int], ...]) -> Tensor:
+        """Return `GradTarget.offsets` of the shares of some (owner, step), in order.
+
+        Made once, a host sync, and kept: a CUDA graph may hold its address.
+        """
+        if places not in self._offsets:
+            shares = [self.landing[owner][step - 1] for owner, step in places]
+            first, row = shares[0], prod(self._shape[3:])
+            numbers = []
+            for index, share in enumerate(shares):
+                apart = (share.data_ptr() - first.data_ptr()) // share.itemsize
+                number, rest = divmod(apart - index * self.span * row, 4)
+                assert rest == 0, "memory and heads are multiples of 16 bytes"
+                numbers.append(number)
+            device = first.device
+            self._offsets[places] = torch.tensor(numbers, dtype=torch.int64).to(device)
+        return self._offsets[places]
+
+    def merged(self, plan: RingPlan | DocumentsPlan, rounds: Rounds) -> RingPlan | DocumentsPlan:
+        """Return the plan with the hops of each round as one step."""
+        first = plan.steps[0]
+        if isinstance(first, DocumentsStep):
+            of = first.plan
+            steps = self._view(
+                ("merged", id(of)), lambda: (of, merge_packed(of, rounds, self.span))
+            )[1]
+            return on_device(steps, first.documents)
+        return self._view(
+            ("merged", id(plan)), lambda: (plan, merge_plan(plan, rounds, self.span))
+        )[1]
 
     def _view(self, key: Any, cut: Callable[[], Any]) -> Any:
         if key not in self._views:
@@ -124,8 +203,10 @@ def copy_engine_bytes(
 
     With n = P - 1 peers and s the elements of k and v together, s = 2 B L Hk D:
 
-        forward     s * (1 + min(2, n)) * bytes of the input's dtype
+        forward     s * (1 + min(2 m, n)) * bytes of the input's dtype
         backward    s * n * bytes of the state's dtype, on top
+
+    m is how many sources may share a launch: 3 where B is 1 and L at most 8192, else 1.
 
     One rank allocates nothing. Not counted: 12 P bytes of mailboxes, and what an allocation is
     rounded up to (2 MiB on a GPU).
@@ -133,10 +214,10 @@ def copy_engine_bytes(
     Args:
         shape: of k, [B, L, Hk, D].
     """
-    peers, elements = world_size - 1, 2 * prod(shape)
-    if peers == 0:
+    if world_size == 1:
         return 0
-    total = elements * (1 + min(SLOTS, peers)) * dtype.itemsize
+    elements, slots = size_of(shape, world_size)
+    total = (elements + slots) * dtype.itemsize
     if backward:
-        total += elements * peers * state.itemsize
+        total += elements * (world_size - 1) * state.itemsize
     return total

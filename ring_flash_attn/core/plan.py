@@ -58,6 +58,8 @@ class StepPlan(NamedTuple):
         q_len, k_len: local rows of this rank and of the source.
         finished: query rows that this step touches and no later one does. Set by plan_ring and
             plan_local, which know all steps.
+        span: 0, or the step is several hops in one, see `merge`: rows from a source's first key
+            to the next one's. `source` is the first of them.
     """
 
     step: int
@@ -66,6 +68,7 @@ class StepPlan(NamedTuple):
     q_len: int
     k_len: int
     finished: tuple[Interval, ...] = ()
+    span: int = 0
 
     @property
     def first(self) -> bool:

@@ -13,6 +13,7 @@ from .tile import (
     load_pair,
     load_program,
     load_tile,
+    source_offset,
     store_rows,
     tile_start,
 )
@@ -29,6 +30,7 @@ from .tile import (
         "heads_in_flight",
         "heads",
         "group",
+        "span",
     ]
 )
 def _bwd_kernel_dkv(
@@ -50,6 +52,8 @@ def _bwd_kernel_dkv(
     delta_stride_head,
     dk_strides,
     dv_strides,
+    offsets_ptr,
+    span,
     tiles_ptr,
     entries_ptr,
     n_tiles,
@@ -72,7 +76,8 @@ def _bwd_kernel_dkv(
     Grid: n_tiles * B * Hk, one program a tile of key rows and key head (see load_program), summing
     over the head's `group` query heads; q, k, v, dout and their strides as in load_tile.
     Writes dk, dv [B, Lk, Hk, D] (any float dtype) in the rows of the tiles: stored, or with ADD
-    added. Nobody else writes them, so the result is the same every time.
+    added. Nobody else writes them, so the result is the same every time. Those of several sources
+    are in several places, see source_offset.
     DOCUMENTS: rows past an entry may be another document's, and never reach a product.
     """
     row, row_end, entry, end_entry, _, head = load_program(
@@ -131,6 +136,9 @@ def _bwd_kernel_dkv(
                 dk = dot(cast(ds_t, q_tile.dtype), q_tile, dk)
     stored = offs_n < row_end
     dk = dk * softmax_scale
+    offset = source_offset(offsets_ptr, row, span)
+    dk_ptr += offset
+    dv_ptr += offset
     dk_target, dv_target = (dk_ptr, dk_ptr, dk_strides), (dv_ptr, dv_ptr, dv_strides)
     store_rows(
         dk,

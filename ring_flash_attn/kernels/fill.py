@@ -1,20 +1,18 @@
 """Kernels that fill the tables of a packed call from cu_seqlens, all that it needs at once.
 
-A table's specification, SPEC int32 numbers, says what every document has in it: whether the tiles'
-side is the keys; the rows of a tile; whether the rows of no document get tiles; PARTS parts,
-disjoint unit ranges of the tiles' side, each (begin, end, entries, finishes); and for each part
+A table's specification, int32 numbers, says what every document has in it: whether the tiles' side
+is the keys; the rows of a tile; whether the rows of no document get tiles; PARTS parts, disjoint
+unit ranges of the tiles' side, each (begin, end, entries, finishes, further); and for each part
 ENTRIES entries, unit ranges of the other side under a band, each (begin, end, lo per unit, lo, hi
-per unit, hi).
+per unit, hi, further). `further` is how many rows further on they lie: keys of a later source.
 """
 
 import triton
 import triton.language as tl
 
-PARTS = tl.constexpr(2)
-ENTRIES = tl.constexpr(2)
-SPEC = tl.constexpr(3 + 2 * 4 + 2 * 2 * 6)
-_FIRST_PART = tl.constexpr(3)
-_FIRST_ENTRY = tl.constexpr(3 + 2 * 4)
+FIRST_PART = tl.constexpr(3)
+PART = tl.constexpr(5)  # numbers of a part
+ENTRY = tl.constexpr(7)  # and of an entry
 _FOUND = tl.constexpr(6)  # numbers of a tile that is not in order yet: its line and its work
 
 
@@ -38,9 +36,12 @@ def _sides(cu_q_ptr, cu_k_ptr, keys, doc, n_docs, q_len, k_len, units):
 
 
 @triton.jit
-def _entry(spec_ptr, part, e, other, other_unit, q_unit):
+def _entry(
+    spec_ptr, part, e, other, other_unit, q_unit, PARTS: tl.constexpr, ENTRIES: tl.constexpr
+):
     """Return (begin, end, lo, hi) of the e-th entry of a part in a document."""
-    entry_ptr = spec_ptr + _FIRST_ENTRY + (part * ENTRIES + e) * 6
+    entry_ptr = spec_ptr + FIRST_PART + PARTS * PART + (part * ENTRIES + e) * ENTRY
+    other += tl.load(entry_ptr + 6)
     begin = other + tl.load(entry_ptr) * other_unit
     end = other + tl.load(entry_ptr + 1) * other_unit
     lo = tl.load(entry_ptr + 2) * q_unit + tl.load(entry_ptr + 3)
@@ -60,6 +61,8 @@ def _fill_kernel(
     k_len,
     units,
     n_slots,
+    PARTS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """entries[table, doc, part, e] = (begin, end, lo, hi) in rows of the other side, and
@@ -71,7 +74,7 @@ def _fill_kernel(
     Writes entries and found.
     """
     table = tl.program_id(1)
-    spec_ptr += table * SPEC
+    spec_ptr += table * (FIRST_PART + PARTS * PART + PARTS * ENTRIES * ENTRY)
     keys = tl.load(spec_ptr) != 0
     tile_rows = tl.load(spec_ptr + 1)
     length = tl.where(keys, k_len, q_len)
@@ -83,7 +86,9 @@ def _fill_kernel(
     )
     for part in tl.static_range(PARTS):
         for e in tl.static_range(ENTRIES):
-            begin, end, lo, hi = _entry(spec_ptr, part, e, other, other_unit, q_unit)
+            begin, end, lo, hi = _entry(
+                spec_ptr, part, e, other, other_unit, q_unit, PARTS, ENTRIES
+            )
             line = (table * n_docs + slot) * (PARTS * ENTRIES) + part * ENTRIES + e
             line_ptr = entries_ptr + line * 4
             tl.store(line_ptr, begin, mask=slot < n_docs)
@@ -98,13 +103,15 @@ def _fill_kernel(
     part = tl.full([BLOCK], -1, tl.int32)
     dealt = 0
     for p in tl.static_range(PARTS):
-        part_begin = tl.load(spec_ptr + _FIRST_PART + p * 4)
-        part_end = tl.load(spec_ptr + _FIRST_PART + p * 4 + 1)
+        part_ptr = spec_ptr + FIRST_PART + p * PART
+        part_begin, part_end = tl.load(part_ptr), tl.load(part_ptr + 1)
+        further = tl.load(part_ptr + 4)
         for first_doc in range(0, n_docs, BLOCK):
             docs = first_doc + tl.arange(0, BLOCK)
             own, other, own_unit, other_unit, q_unit = _sides(
                 cu_q_ptr, cu_k_ptr, keys, docs, n_docs, q_len, k_len, units
             )
+            own += further
             begin, end = own + part_begin * own_unit, own + part_end * own_unit
             count = (end - begin + tile_rows - 1) // tile_rows
             before = dealt + tl.cumsum(count, 0) - count
@@ -126,14 +133,14 @@ def _fill_kernel(
     row = tl.where(spare, tile, row)
     row_end = tl.where(spare, tl.minimum(tile + tile_rows, length), row_end)
     work = tl.where(met | spare, 0, -1)
-    part_ptr = spec_ptr + _FIRST_PART + part * 4
+    part_ptr = spec_ptr + FIRST_PART + part * PART
     n_entries = tl.where(met, tl.load(part_ptr + 2), 0)
     finishes = tl.where(met, tl.load(part_ptr + 3), 1)
     own, other, own_unit, other_unit, q_unit = _sides(
         cu_q_ptr, cu_k_ptr, keys, doc, n_docs, q_len, k_len, units
     )
     for e in tl.static_range(ENTRIES):
-        begin, end, lo, hi = _entry(spec_ptr, part, e, other, other_unit, q_unit)
+        begin, end, lo, hi = _entry(spec_ptr, part, e, other, other_unit, q_unit, PARTS, ENTRIES)
         low = row + tl.where(keys, -hi, lo)
         high = row_end + tl.where(keys, -lo, hi)
         seen = tl.maximum(tl.minimum(end, high) - tl.maximum(begin, low), 0)

@@ -3,15 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tile import cast, load_program, row_pointers
+from .tile import cast, load_program, row_pointers, source_offset
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_heads", "heads_in_flight", "heads"])
+@triton.jit(do_not_specialize=["n_tiles", "n_heads", "heads_in_flight", "heads", "span"])
 def _rows_kernel(
     source_ptr,
     target_ptr,
     source_strides,
     target_strides,
+    offsets_ptr,
+    span,
     tiles_ptr,
     n_tiles,
     n_heads,
@@ -28,12 +30,14 @@ def _rows_kernel(
 
     Grid: n_tiles * B * H, one program a tile and head (see load_program). target is
     [B, L, H, D], source [B, L, H * COPIES, D] and summed over the copies of a head, both of any
-    float dtype, strides (batch, head, row); target is written.
+    float dtype, strides (batch, head, row); target is written. Rows of keys of several sources have
+    their targets in several places, see source_offset.
     FINISHED: only in the rows of tiles that finish them.
     """
     row, row_end, _, _, finishes, head = load_program(tiles_ptr, n_tiles, n_heads, heads_in_flight)
     batch, head = head // heads, head % heads
     offs_d = tl.arange(0, BLOCK_D)
+    target_ptr += source_offset(offsets_ptr, row, span)
     if not FINISHED or finishes != 0:
         for start in range(row, row_end, BLOCK):
             offs = start + tl.arange(0, BLOCK)

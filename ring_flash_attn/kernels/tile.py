@@ -283,3 +283,16 @@ def store_rows(
                 tl.store(result_ptrs, cast(x, result.dtype.element_ty), mask=mask)
             else:
                 tl.store(state_ptrs, cast(x, state.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def source_offset(offsets_ptr, row, span):
+    """Return how far from dk's and dv's address, in numbers, a tile of the merged keys has its own.
+
+    Without offsets_ptr there is one source and no offset. Else sources' keys lie `span` rows apart,
+    and offsets [n] int64 say where each one's dk and dv do, less its first row's place, in fours.
+    """
+    if offsets_ptr is None:
+        return tl.zeros([], tl.int64)
+    else:
+        return tl.load(offsets_ptr + row // span) * 4

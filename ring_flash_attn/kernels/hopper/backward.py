@@ -23,6 +23,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, produce, write
+from .epilogue import at_source
 from .slots import Blocks, Slots, box_shape, make_blocks, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
@@ -120,6 +121,7 @@ class Program:
         "heads_in_flight",
         "heads",
         "group",
+        "span",
         "copies",
         "rotate",
     ]
@@ -140,6 +142,8 @@ def _hopper_bwd_kernel(
     delta_stride_head,
     dk_strides,
     dv_strides,
+    offsets_ptr,
+    span,
     tiles_ptr,
     entries_ptr,
     n_tiles,
@@ -167,8 +171,8 @@ def _hopper_bwd_kernel(
     Grid: n_tiles * B * heads, one program a tile of up to 128 key rows and head of dk and dv,
     summing over `group` query heads, of CONSUMERS + 1 warpgroups. `copies` heads of dk and dv
     belong to one of k and v: heads = Hk * copies, group = H / heads.
-    As in kernels/dkv.py: tables, lse, delta, dk, dv, their strides, heads, ADD: dk and dv are
-    float32 and stored, or with ADD added, in the rows of the tiles.
+    As in kernels/dkv.py: tables, lse, delta, dk, dv, their strides and offsets, heads, ADD: dk and
+    dv are float32 and stored, or with ADD added, in the rows of the tiles.
     q, k, v, dout, dq: descriptors of [B, H, L, D] with box [1, 1, rows, BLOCK_D]; rows are 64 for
     k and v, BLOCK_M for the others. dq is float32 and added to. With DOCUMENTS all are the cut
     descriptors of backends/descriptors.py: no row past an entry is read or added to.
@@ -223,6 +227,7 @@ def _hopper_bwd_kernel(
         (lse_stride_batch, lse_stride_head),
         (delta_stride_batch, delta_stride_head),
     )
+    dk_ptr, dv_ptr = at_source(dk_ptr, dv_ptr, offsets_ptr, row, span)
     # A constant must be spelled inside the call: in a tuple with a name it becomes a tensor.
     gl.warp_specialize(
         [

@@ -22,7 +22,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import masked
 from .backward_transfer import Statistics, produce
-from .epilogue import LOG2_E, store_gradient
+from .epilogue import LOG2_E, at_source, store_gradient
 from .slots import Slots, await_full, make_bars, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
@@ -213,6 +213,7 @@ def _consume_ds(program, dk_ptr, dk_strides):
         "heads_in_flight",
         "heads",
         "group",
+        "span",
     ]
 )
 def _hopper_dkv_kernel(
@@ -230,6 +231,8 @@ def _hopper_dkv_kernel(
     delta_stride_head,
     dk_strides,
     dv_strides,
+    offsets_ptr,
+    span,
     tiles_ptr,
     entries_ptr,
     n_tiles,
@@ -285,6 +288,7 @@ def _hopper_dkv_kernel(
         (lse_stride_batch, lse_stride_head),
         (delta_stride_batch, delta_stride_head),
     )
+    dk_ptr, dv_ptr = at_source(dk_ptr, dv_ptr, offsets_ptr, row, span)
     gl.warp_specialize(
         [
             (_consume_p, (program, dv_ptr, dv_strides)),

@@ -20,6 +20,16 @@ def _wide(x, stride):
     return x.to(gl.uint32).to(gl.uint64) * stride.to(gl.uint32).to(gl.uint64)
 
 
+@gluon.jit
+def at_source(dk_ptr, dv_ptr, offsets_ptr, row, span):
+    """Return where dk and dv of a tile of keys go, as source_offset of kernels/tile.py has it."""
+    if offsets_ptr is not None:
+        offset = gl.load(offsets_ptr + row // span) * 4
+        dk_ptr += offset
+        dv_ptr += offset
+    return dk_ptr, dv_ptr
+
+
 @aggregate
 class Outputs:
     """State and result [B, L, H, D] of the same strides, lse [B, H, L] float32."""
