@@ -12,13 +12,13 @@ import timing  # noqa: F401 - makes the library importable
 import torch
 from torch import Tensor
 
-from ring_flash_attn.backends.base import GradTarget
-from ring_flash_attn.backends.shares import Shares, sum_shares
+from ring_flash_attn.backends.shares import Shares
 from ring_flash_attn.core import function
 from ring_flash_attn.core.choose import Route
+from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.exchange import RingExchange
-from ring_flash_attn.core.plan import Interval
-from ring_flash_attn.core.traffic import Traffic, rows_to_zero
+from ring_flash_attn.core.peer_buffers import PeerBuffers, PeerStore, size_of
+from ring_flash_attn.core.traffic import Traffic
 
 
 class StillRing(RingExchange):
@@ -42,76 +42,79 @@ class Silence:
         pass
 
 
-class StillCopyEngine:
+class StillTransport:
+    """A `Transport` of one rank that moves nothing: every rank's memory is this one's."""
+
+    pull_stream = None
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank, self.world_size, self._device = rank, world_size, device
+
+    def compute(self, work) -> None:
+        work()
+
+    def shared(self, shape, dtype: torch.dtype) -> list[Tensor]:
+        return [self.local(shape, dtype)] * self.world_size
+
+    def local(self, shape, dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def __getattr__(self, name: str):
+        return lambda *_: None  # streams, events, copies, signals
+
+
+class StillCopyEngine(CopyEngineExchange):
     """`CopyEngineExchange` without messages: shares land here, and are summed here.
 
-    What it launches beside the attention kernels, it launches too: zeros where no block stores, and
-    the sum of the shares. It sums as many as it has written; over the exchange a contiguous causal
-    rank sums another number of them. Copies are left out, the staging one as well.
+    It sums what it has written; over the exchange a contiguous causal rank sums another number of
+    shares. Copies are left out, the staging one as well.
 
-    Args: as those of `CopyEngineExchange`.
+    Args: as those of `CopyEngineExchange`; kept: memory of calls before, by what it is for.
     """
 
-    def __init__(self, traffic: Traffic, plan, k: Tensor, v: Tensor, state: torch.dtype) -> None:
-        self._pulls, self._steps, self._k, self._v = traffic.pulls, plan.steps, k, v
-        self._state = state
-        self._own: Tensor | None = None
-        self._landing: Tensor | None = None
+    def __init__(
+        self,
+        traffic: Traffic,
+        plan,
+        k: Tensor,
+        v: Tensor,
+        state: torch.dtype,
+        merges: bool = False,
+        kept: dict | None = None,
+    ) -> None:
+        kept = {} if kept is None else kept
+        shape = tuple(k.shape)
+        key = shape, k.dtype, k.device, traffic.rank, traffic.world_size
+        if key not in kept:
+            transport = StillTransport(traffic.rank, traffic.world_size, k.device)
+            store = PeerStore(transport, size_of(shape, traffic.world_size), k.dtype, state)
+            kept[key] = PeerBuffers(store, shape), {}
+        buffers, holds = kept[key]
+        now = k.data_ptr(), k._version, v.data_ptr(), v._version
+        if holds.get("now") != now:
+            for slot in buffers.slots:
+                slot[0].copy_(k)
+                slot[1].copy_(v)
+            holds["now"] = now
+        super().__init__(buffers, traffic, plan, k, v, state, True, merges)
 
-    def kv(self, step: int) -> tuple[Tensor, Tensor]:
-        if step == 0:
-            return self._k, self._v
-        end = (self._pulls[step] or (0, 0))[1]
-        return self._k[:, :end], self._v[:, :end]
-
-    def kv_done(self, step: int) -> None:
-        pass
-
-    def late(self, step: int) -> bool:
-        return False
-
-    def dkv_target(self, step: int) -> GradTarget:
-        if step == 0:
-            shape = len(self._steps), 2, *self._k.shape
-            self._own, *_ = both = torch.empty(shape, dtype=self._state, device=self._k.device)
-            self._landing = both[1:]
-            return self._zeroed(self._own, step, (0, self._k.shape[1]))
-        assert self._own is not None and self._landing is not None, "step 0 comes first"
-        rows = self._pulls[step]
-        if rows is None:
-            return GradTarget(*self._own[:, :, :0], add=False)
-        return self._zeroed(self._landing[step - 1][:, :, : rows[1]], step, rows)
-
-    def dkv_done(self, step: int) -> None:
-        pass
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        assert self._own is not None, "step 0 comes first"
-        result = torch.empty_like(self._own, dtype=self._k.dtype)
-        sum_shares(result, self._own, Shares(self._landing, self._pulls[1:]))
-        dk, dv = result
-        return dk, dv
-
-    def abandon(self) -> None:
-        pass
-
-    def _zeroed(self, share: Tensor, step: int, rows: Interval) -> GradTarget:
-        dk, dv = share
-        for begin, end in rows_to_zero(self._steps[step], rows):
-            for x in (dk, dv):
-                x[:, begin:end].zero_()
-        return GradTarget(dk, dv, add=False)
+    def _shares(self) -> Shares:
+        shares = super()._shares()
+        if shares.cu_seqlens is None:
+            shares = shares._replace(parts=self._traffic.pulls[1:])
+        return shares
 
 
 @contextmanager
 def still() -> Iterator[None]:
     """Let every call inside run its schedule without messages, as the exchange it asks for does."""
+    kept: dict = {}
 
     def open_still(group, plan, route: Route | None, k, v, state, backward, merges=False):
         assert route is not None, "public calls have one"
         if route.exchange != "copy-engine":
             return StillRing(group, plan, k, v, state, route.traffic)
-        return StillCopyEngine(route.traffic, plan, k, v, state)
+        return StillCopyEngine(route.traffic, plan, k, v, state, merges, kept)
 
     before = function.open_exchange
     function.open_exchange = open_still

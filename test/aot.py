@@ -33,6 +33,7 @@ class Job:
             kernel that does all, and those for wide heads.
         adds: whether it reads and adds what is there (CARRY, ADD), or stores.
         documents: whether it reads packed documents.
+        merged: whether dk and dv of several sources go to several places.
         one_entry: of the Hopper forward, whether its tiles meet one entry each; None: a portable
             kernel.
         changes: of a Hopper kernel, fields in which its row differs from the checked-in one.
@@ -49,12 +50,14 @@ class Job:
     tma: bool
     adds: bool
     documents: bool = False
+    merged: bool = False
     one_entry: bool | None = None
     changes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         how = "adds" if self.adds else "stores"
         how += "-documents" if self.documents else ""
+        how += "-merged" if self.merged else ""
         how += {None: "", True: "-hopper", False: "-hopper-list"}[self.one_entry]
         how += "-hopper" if self.pass_ in HOPPER_BACKWARD else ""
         return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
@@ -165,6 +168,7 @@ def _compile(job: Job):
     if job.pass_ == "dkv":
         config = LaunchConfig(job.block_m, job.block_n, job.num_warps, job.num_stages)
         constants["COPIES"] = config.copies
+        constants["offsets_ptr"] = None
     signature = {name: _type(name, job, constants) for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, _multiples_of_16(signature))
     options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
@@ -251,6 +255,8 @@ def _compile_hopper_backward(job: Job):
     }
     for name in ("stages", "q_stages", "dout_stages", "dq_stages"):
         constants[name.upper()] = getattr(config, name, None)
+    if not job.merged:
+        constants["offsets_ptr"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
     fused = job.pass_ == "backward"
@@ -277,6 +283,8 @@ def _type(name: str, job: Job, constants: dict) -> str | tuple[str, ...]:
     dtype = TRITON_NAMES[job.dtype]
     if name in constants:
         return "constexpr"
+    if name == "offsets_ptr":
+        return "*i64"
     if name in ("q", "dout", "k", "v"):
         rows = job.block_n if name in "kv" else job.block_m
         return (

@@ -25,7 +25,10 @@ ADDRESSES = 2**64
 
 
 class Memory:
-    """The storage that a CPU tensor lies in, by element. `owned` marks the tensor's elements."""
+    """The storage that a CPU tensor lies in, by element. `owned` marks the tensor's elements.
+
+    So are those of other tensors in it that the tensor's attribute `reaches` lists.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         if tensor.dtype not in OF_TORCH:
@@ -37,10 +40,11 @@ class Memory:
         whole = whole.view(torch.int16) if self.dtype is BFLOAT16 else whole
         self._elements = whole.numpy()
         self.owned = np.zeros(len(self._elements), bool)
-        if tensor.numel():
-            np.lib.stride_tricks.as_strided(
-                self.owned[self.first :], tensor.shape, tensor.stride()
-            )[...] = True
+        for part in (tensor, *getattr(tensor, "reaches", ())):
+            if part.numel():
+                np.lib.stride_tricks.as_strided(
+                    self.owned[part.storage_offset() :], part.shape, part.stride()
+                )[...] = True
 
     def read(self, index: np.ndarray) -> np.ndarray:
         """Return the elements of the storage at `index`, in what numpy computes in."""

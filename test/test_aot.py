@@ -5,6 +5,7 @@ is worth it: `python test/test_aot.py` writes the file anew.
 """
 
 import csv
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -141,6 +142,8 @@ def hopper_backward() -> list[Job]:
         assert config is not None
         tile = getattr(config, "block_m", 128), config.key_rows, 4, 2
         jobs += [Job(name, 90, head_dim, dtype, *tile, True, adds, documents) for name in passes]
+    several = [x for x in jobs if x.documents and x.pass_ != "wide-dq" and x.head_dim != 80]
+    jobs += [replace(x, adds=False, merged=True) for x in several]
     return jobs
 
 

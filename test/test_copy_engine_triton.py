@@ -87,11 +87,11 @@ def documents(size):
     return inputs(Shape(rows, rows, heads=4, key_heads=2, head_dim=16))
 
 
-def check(kind, layer, size, device, rounds, merges=False):
+def check(kind, layer, size, device, rounds, merges=False, dtype=torch.float32, bound=2e-5):
     from ring_flash_attn.backends.triton import TritonBackend
 
     world = World(size, str(device))
-    given = {"runs": TritonBackend(), "dtype": torch.float32, "merges": merges}
+    given = {"runs": TritonBackend(), "dtype": dtype, "merges": merges}
     members = [kind(world, rank, **given) for rank in range(size)]
     for seed in range(rounds):
         kept = [member.forward(layer) for member in members]
@@ -104,7 +104,7 @@ def check(kind, layer, size, device, rounds, merges=False):
         world.run(seed)
         assert world.at_rest()
         for member, held in zip(members, kept, strict=True):
-            assert not wrong(member, held, 2e-5)
+            assert not wrong(member, held, bound)
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, WINDOW, FULL], ids=str)
@@ -131,7 +131,11 @@ def test_documents_on_the_device(layout, mask, device):
 def test_several_sources_in_a_launch(layout, mask, kind, device):
     rows = ROWS if kind is PackedMember else 22
     layer = Layer(layout, mask, local_len=rows, head_dim=16)
-    check(kind, layer, 3 if device.type == "cpu" else 4, device, rounds=1, merges=True)
+    check(kind, layer, 3, device, rounds=1, merges=True)
+    if device.type != "cpu":
+        # The kernels for 16 bits; a number from elsewhere would be wrong by 1.
+        layer = layer._replace(head_dim=64)
+        check(kind, layer, 4, device, 1, True, torch.bfloat16, bound=0.06)
 
 
 def on_gpus(rank, layout, window):

@@ -23,6 +23,7 @@ from ring_flash_attn.backends.base import GradTarget, Saved, TargetOnRequest
 from ring_flash_attn.backends.work import backward_inputs
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
+from ring_flash_attn.core.merge import merge_plan
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from ring_flash_attn.core.plan import plan_local, plan_ring
 from ring_flash_attn.kernels.hopper.configs import BACKWARD, WIDE, BackwardConfig, backward_config
@@ -234,6 +235,66 @@ def test_shares_that_land_by_themselves(emulated):
     """A later step's target that is to be stored."""
     given = inputs(Shape(300, 300, 1, 2, 1, 64), torch.bfloat16)
     assert not check(emulated(), CAUSAL, "zigzag", 3, given, landing=True)
+
+
+@pytest.mark.parametrize("programs", [1, 10_000], ids=["whole groups", "copies"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_several_sources_in_a_launch(emulated, monkeypatch, head_dim, programs):
+    """Each one's dk and dv go to where they would by themselves, what lies between to nowhere."""
+    backend = emulated()
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: programs)
+    size, rank, length, heads, key_heads = 4, 2, 88, 2, 1
+    attention, layout = Attention(SCALE, True), Layout("zigzag", length, size)
+    plan = plan_ring(attention, layout, layout, rank)
+    given = inputs(Shape(length, length, 1, heads, key_heads, head_dim), torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.randn(3, 2, length, key_heads, head_dim, generator=generator).to(torch.bfloat16)
+    span, row = 2 * length, key_heads * head_dim
+    merged = merge_plan(plan, ((1, 2, 3),), span)
+    want, _ = truth(CAUSAL, given)
+    saved = backend.prepare_backward(
+        given.dout, want.out.to(torch.bfloat16), want.lse.float() + 1.0, given.dlse.float()
+    )
+
+    def run(steps, keys, targets):
+        dq = torch.zeros_like(given.q, dtype=torch.float32)
+        for step, (k, v), target in zip(steps, keys, targets, strict=True):
+            backend.backward(
+                attention,
+                step,
+                saved,
+                given.q,
+                k,
+                v,
+                dq,
+                TargetOnRequest(lambda x=target: x, False),
+            )
+        return dq
+
+    # Landing slots of three owners, in no order, in one memory.
+    apart, together = torch.full((2, 3, 3, 2, 1, length, key_heads, head_dim), torch.nan)
+    places = [(2, 0), (0, 1), (1, 2)]
+    shares = [[memory[place] for place in places] for memory in (apart, together)]
+    own = [x.unsqueeze(1) for x in slots]
+    each = [GradTarget(*share, add=False) for share in shares[0]]
+    alone = run(plan.steps[1:], own, each)
+    k, v = (
+        x.as_strided((1, 2 * span + length, *x.shape[1:]), (0, *x.stride()), x.storage_offset())
+        for x in slots[0]
+    )
+    first, *others = shares[1]
+    numbers = [
+        (share.data_ptr() - first.data_ptr()) // 4 - index * span * row
+        for index, share in enumerate(shares[1])
+    ]
+    offsets = torch.tensor(numbers) // 4
+    target = GradTarget(*first, add=False, others=tuple(map(tuple, others)), offsets=offsets)
+    target.dk.reaches, target.dv.reaches = zip(*target.others, strict=True)
+    got = run(merged.steps[1:], [(k, v)], [target])
+    torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+    for x, y in zip(*shares, strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+    assert together.isnan().equal(apart.isnan()), "nothing else is written"
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
