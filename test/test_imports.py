@@ -63,9 +63,11 @@ MAY_IMPORT = {
     "core.traffic": ("core.plan", "core.packed", "core.attention", "core.layout"),
     "core.transport": (),
     "core.watchdog": (),
-    "core.peer_buffers": ("core.transport",),
+    "core.merge": ("core.plan", "core.packed"),
+    "core.peer_buffers": ("core.transport", "core.merge", "core.packed", "core.plan"),
     "core.peer_memory": ("core.transport", "core.watchdog"),
     "core.copy_engine": (
+        "core.merge",
         "backends.base",
         "backends.shares",
         "core.peer_buffers",

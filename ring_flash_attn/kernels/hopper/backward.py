@@ -23,7 +23,6 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, produce, write
-from .epilogue import at_source
 from .slots import Blocks, Slots, box_shape, make_blocks, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
@@ -227,12 +226,11 @@ def _hopper_bwd_kernel(
         (lse_stride_batch, lse_stride_head),
         (delta_stride_batch, delta_stride_head),
     )
-    dk_ptr, dv_ptr = at_source(dk_ptr, dv_ptr, offsets_ptr, row, span)
     # A constant must be spelled inside the call: in a tuple with a name it becomes a tensor.
     gl.warp_specialize(
         [
-            (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, 0)),
-            (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, 1)),
+            (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, offsets_ptr, span, 0)),
+            (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, offsets_ptr, span, 1)),
             (produce, (program, rows, q, k, v, dout)),
             (write, (program, dq)),
         ],

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .epilogue import LOG2_E, store_gradient
+from .epilogue import LOG2_E, at_source, store_gradient
 from .slots import arrive_if, await_full, meet
 from .walk import begin_walk, column, next_place
 
@@ -31,7 +31,16 @@ NOWHERE = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.constexpr):
+def consume(
+    program,
+    dk_ptr,
+    dv_ptr,
+    dk_strides,
+    dv_strides,
+    offsets_ptr,
+    span,
+    CONSUMER: gl.constexpr,
+):
     """Compute dk and dv of rows [CONSUMER * ROWS, (CONSUMER + 1) * ROWS) of the program's tile."""
     walk = program.walk
     HEAD_DIM: gl.constexpr = program.options.HEAD_DIM
@@ -55,6 +64,8 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
         dk *= program.softmax_scale
     row = walk.row + CONSUMER * ROWS
     batch, head = program.batch, program.out_head
+    # Only here: through the loop there is no register for it.
+    dk_ptr, dv_ptr = at_source(dk_ptr, dv_ptr, offsets_ptr, walk.row, span)
     store_gradient(dv, dv_ptr, dv_strides, batch, head, row, walk.row_end, HEAD_DIM, ADD)
     store_gradient(dk, dk_ptr, dk_strides, batch, head, row, walk.row_end, HEAD_DIM, ADD)
 
