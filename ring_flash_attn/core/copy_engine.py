@@ -112,8 +112,9 @@ class CopyEngineExchange:
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
             self._own = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
-            own = self._zeroed(self._own.unbind(), step, (0, self._k.shape[1]))
-            return GradTarget(*own, add=False)
+            dk, dv = self._own
+            self._zeroed((dk, dv), step, (0, self._k.shape[1]))
+            return GradTarget(dk, dv, add=False)
         rows = self._traffic.pulls[step]
         if rows is None:
             assert self._own is not None, "step 0 comes first"

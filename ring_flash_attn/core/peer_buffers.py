@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .merge import Rounds, merge_packed, merge_plan, sources_a_launch
-from .packed import DocumentsPlan, DocumentsStep, on_device
+from .packed import DocumentsPlan, on_device
 from .plan import RingPlan
 from .transport import Transport
 
@@ -168,8 +168,8 @@ class PeerBuffers:
 
     def merged(self, plan: RingPlan | DocumentsPlan, rounds: Rounds) -> RingPlan | DocumentsPlan:
         """Return the plan with the hops of each round as one step."""
-        first = plan.steps[0]
-        if isinstance(first, DocumentsStep):
+        if isinstance(plan, DocumentsPlan):
+            first = plan.steps[0]
             of = first.plan
             steps = self._view(
                 ("merged", id(of)), lambda: (of, merge_packed(of, rounds, self.span))
