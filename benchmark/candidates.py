@@ -148,7 +148,11 @@ def jobs(of: Target, candidate: Candidate) -> list[Job]:
             for adds, documents in (forms[:2] if own_row else forms)
         ]
     common |= {"num_warps": 4, "num_stages": getattr(config, "stages", 2), "tma": True}
-    changes = tuple((x, getattr(config, x)) for x in GRIDS[type(config)])
+    changes = tuple(
+        (x, getattr(config, x))
+        for x in GRIDS[type(config)]
+        if getattr(config, x) != getattr(of.row.config, x)
+    )
     if isinstance(config, ForwardConfig):
         tile = {"block_m": config.block_m, "block_n": config.block_n}
         return [

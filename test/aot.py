@@ -60,6 +60,7 @@ class Job:
         how += "-merged" if self.merged else ""
         how += {None: "", True: "-hopper", False: "-hopper-list"}[self.one_entry]
         how += "-hopper" if self.pass_ in HOPPER_BACKWARD else ""
+        how += "".join(f"-{name}={int(value)}" for name, value in self.changes)
         return f"sm{self.arch}-{self.pass_}-D{self.head_dim}-{self.dtype}-{how}"
 
 

@@ -123,7 +123,10 @@ def hopper() -> list[Job]:
 
 
 def hopper_backward() -> list[Job]:
-    """Every row of the Hopper backward in two of its forms, and what borrows the rows."""
+    """Every row of the Hopper backward in two of its forms, and what borrows the rows.
+
+    A row that takes one slot of dq for some steps is compiled with as many as it says too.
+    """
     fused, wide = ("backward",), ("wide-dq", "wide-dkv")
     forms = [
         # passes, head_dim, dtype, adds, documents
@@ -142,6 +145,8 @@ def hopper_backward() -> list[Job]:
         assert config is not None
         tile = getattr(config, "block_m", 128), config.key_rows, 4, 2
         jobs += [Job(name, 90, head_dim, dtype, *tile, True, adds, documents) for name in passes]
+        if getattr(config, "one_dq_stage", False):
+            jobs.append(replace(jobs[-1], changes=(("dq_stages", 1),)))
     several = [x for x in jobs if x.documents and x.pass_ != "wide-dq" and x.head_dim != 80]
     jobs += [replace(x, adds=False, merged=True) for x in several]
     return jobs

@@ -16,7 +16,7 @@ from triton.runtime.errors import InterpreterError
 import oracle
 from gluon_emulator import EmulationError, load_module
 from gluon_memory import TensorDescriptor
-from ring_flash_attn.backends import hopper, hopper_backward
+from ring_flash_attn.backends import hopper, hopper_backward, hopper_choice
 from ring_flash_attn.backends import launch as launching
 from ring_flash_attn.backends import triton as triton_backend
 from ring_flash_attn.backends.base import GradTarget, Saved, TargetOnRequest
@@ -217,6 +217,41 @@ def test_few_programs_share_out_the_query_heads_of_a_key_head(
     given = inputs(Shape(144, 144, 2, *heads, 64), torch.bfloat16)
     broken = check(backend, CAUSAL, "zigzag" if landing else "contiguous", 2, given, landing)
     assert used == {copies} and not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("landing", [False, True])
+def test_heads_that_fill_l2_are_programs_of_their_own(emulated, monkeypatch, landing):
+    """Of a ring's steps, those with a mask."""
+    backend, used = emulated(), []
+    monkeypatch.setattr(hopper_choice, "L2_BYTES", 144 * 64 * 8)
+    launch_fused = hopper_backward.HopperStep.launch_fused
+
+    def note(self, config, dq, target, copies=1):
+        used.append((self._full(), copies))
+        launch_fused(self, config, dq, target, copies)
+
+    monkeypatch.setattr(hopper_backward.HopperStep, "launch_fused", note)
+    given = inputs(Shape(288, 288, 1, 6, 2, 64), torch.bfloat16)
+    broken = check(backend, CAUSAL, "zigzag", 2, given, landing)
+    assert not broken, "\n".join(broken)
+    assert set(used) == {(False, 3), (True, 1)}
+
+
+@pytest.mark.parametrize(
+    ("mask", "heads", "slots"), [(FULL, (2, 1), 1), (CAUSAL, (1, 1), 1), (CAUSAL, (2, 1), 2)]
+)
+def test_slots_of_dq_are_as_chosen(emulated, monkeypatch, mask, heads, slots):
+    backend, used = emulated(), set()
+    fused_launch = hopper_backward._fused_launch
+
+    def note(config, *rest):
+        used.add(config.dq_stages)
+        return fused_launch(config, *rest)
+
+    monkeypatch.setattr(hopper_backward, "_fused_launch", note)
+    given = inputs(Shape(270, 270, 1, *heads, 128), torch.bfloat16)
+    broken = check(backend, mask, "contiguous", 1, given)
+    assert used == {slots} and not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize(

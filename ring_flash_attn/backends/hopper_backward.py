@@ -20,6 +20,7 @@ from . import hopper
 from .base import GradTarget, Saved, Step
 from .descriptors import Like, addressable, like
 from .documents import Side
+from .hopper_choice import Work, config_for, copies_for
 from .launch import ADDRESS, Described, Launch, strides, targets
 from .work import BackwardInputs, heads, source_arguments, tables
 
@@ -29,9 +30,6 @@ if hopper.SUPPORTED:
     from ..kernels.hopper.backward_wide_dq import _hopper_dq_kernel
 
 _ROWS = 32  # that _rows_kernel moves at a time
-# Where the fused kernel has fewer programs a multiprocessor than this they are cut into several.
-# Under a mask the longest of them takes about twice the average's time, and alone at the end.
-FEW_PROGRAMS, FEW_MASKED_PROGRAMS = 0.5, 2.0
 
 
 def unsupported(
@@ -143,19 +141,17 @@ class HopperStep(NamedTuple):
             self._move(summed, result, self.queries, FINISHED=True)
 
     def _copies(self) -> int:
-        """Return into how many parts to cut the query heads of a key head.
-
-        Each is a program with dk and dv of its own, which are summed afterwards.
-        """
+        """Return into how many parts to cut the query heads of a key head, see copies_for."""
         q, k = self.sources["q"], self.sources["k"]
-        given = tables(self.step_plan, self.keys, self.sides, q.device)
-        programs, group = given["n_tiles"] * k.shape[0] * k.shape[2], q.shape[2] // k.shape[2]
-        few = FEW_PROGRAMS if self._full() else FEW_MASKED_PROGRAMS
-        wanted = few * hopper.multiprocessors(q.device)
-        copies = 1
-        while programs * copies < wanted and group % (2 * copies) == 0:
-            copies *= 2
-        return copies
+        n_tiles = tables(self.step_plan, self.keys, self.sides, q.device)["n_tiles"]
+        documents = isinstance(self.step_plan, DocumentsStep)
+        work = Work(
+            programs=n_tiles * k.shape[0] * k.shape[2],
+            group=q.shape[2] // k.shape[2],
+            full=self._full(),
+            head_numbers=0 if documents else q.shape[1] * q.shape[3],
+        )
+        return copies_for(work, hopper.multiprocessors(q.device))
 
     def _finishes(self) -> bool:
         """Return whether the step finishes any rows."""
@@ -174,7 +170,8 @@ class HopperStep(NamedTuple):
         self, config: BackwardConfig, dq: Tensor, target: GradTarget, copies: int = 1
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
-        rotate = config.rotate and self._full()
+        full, group = self._full(), self.inputs.q.shape[2] // self.inputs.k.shape[2]
+        config, rotate = config_for(config, full, group), config.rotate and full
         start = _fused_launch(
             config, self.inputs, like(dq), *_likes(target), self._span(target), rotate, copies
         )

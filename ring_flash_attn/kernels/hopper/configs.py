@@ -67,6 +67,7 @@ class BackwardConfig:
     Attributes:
         block_m: query rows of a block, 64 or 128.
         q_stages, dout_stages, dq_stages: blocks of each in shared memory.
+        one_dq_stage: take one of dq where backends/hopper_choice.py finds that faster.
         rotate: start tiles of full attention at different blocks of queries.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
         wins: whether it is faster than the portable kernels, which run if it is not.
@@ -76,6 +77,7 @@ class BackwardConfig:
     q_stages: int = 2
     dout_stages: int = 2
     dq_stages: int = 2
+    one_dq_stage: bool = False
     rotate: bool = False
     spills: int = 0
     wins: bool = True
@@ -94,7 +96,7 @@ class BackwardConfig:
 # The design document has the ratios to FlashAttention-3 and to the portable kernels.
 BACKWARD = {
     64: BackwardConfig(),
-    128: BackwardConfig(spills=40),
+    128: BackwardConfig(one_dq_stage=True, spills=40),
 }
 
 
