@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends.base import GradTarget
 from ..backends.shares import Shares, sum_shares
 from ..utils import RingComm, ShiftComm
+from .capture import check_messages
 from .packed import DocumentsPlan, DocumentsStep
 from .plan import Interval, RingPlan
 from .traffic import Traffic, hull, rows_to_zero, whole_traffic
@@ -71,6 +72,9 @@ class RingExchange:
         k, v: [B, L, Hk, D], this rank's own, any strides; read.
         state: dtype of dk, dv as they are summed and travel.
         traffic: which rows travel; None: all of everyone's.
+
+    Raises:
+        RuntimeError: a CUDA graph captures this and cannot hold the group's messages.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class RingExchange:
         self._own: Tensor | None = None
         self._sums: list[Tensor] = []
         if last > 0:
+            check_messages(group, k.device)
             self._connect(group)
 
     def _connect(self, group: dist.ProcessGroup | None) -> None:
