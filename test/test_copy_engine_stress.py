@@ -81,7 +81,7 @@ def poison(rank: int) -> None:
     """Fill what this rank fetches, and what its peers hand in, with NaN."""
     for group in choose._groups.values():
         for store in group.stores.values():
-            for x in (*store.slots, *store.landing[rank : rank + 1]):
+            for x in (store.slots, *store.landing[rank : rank + 1]):
                 x.fill_(torch.nan)
 
 

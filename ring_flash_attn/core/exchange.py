@@ -122,7 +122,7 @@ class RingExchange:
             self._send_kv(step)
         rows = self._relay.kv[step]
         # Rows behind the last that has come hold nothing: the tensors end there.
-        k, v = self._kv[step % 2][:, :, : rows[1] if rows else 0]
+        k, v = self._kv[step % 2][:, :, : rows[1] if rows else 0].unbind()
         return k, v
 
     def kv_done(self, step: int) -> None:
@@ -143,13 +143,13 @@ class RingExchange:
             self._sums_comm.wait()
         sums, rows, before = self._sums[step % 2], *self._rows_of_sums(step)
         if rows is None:
-            return GradTarget(*sums[:, :, :0], add=False)
+            return GradTarget(*sums[:, :, :0].unbind(), add=False)
         if before is None:
             return self._stored(sums, step, rows)
         for begin, end in ((rows[0], before[0]), (before[1], rows[1])):
             if begin < end:
                 sums[:, :, begin:end] = 0
-        return GradTarget(*sums[:, :, : rows[1]], add=True)
+        return GradTarget(*sums[:, :, : rows[1]].unbind(), add=True)
 
     def dkv_done(self, step: int) -> None:
         if step == 0:
@@ -172,7 +172,7 @@ class RingExchange:
             self._home_comm.wait()
             landed = self._sums[(self._last + 1) % 2].unsqueeze(0)
         sum_shares(result, self._own, self._home(landed))
-        dk, dv = result
+        dk, dv = result.unbind()  # not by iterating, which goes through Python
         return dk, dv
 
     def abandon(self) -> None:
@@ -194,7 +194,7 @@ class RingExchange:
         """Return a target to store into, with zeros where the step's kernels store nothing."""
         for begin, end in self._unstored(step, rows):
             target[:, :, begin:end] = 0
-        return GradTarget(*target[:, :, : rows[1]], add=False)
+        return GradTarget(*target[:, :, : rows[1]].unbind(), add=False)
 
     def _unstored(self, step: int, rows: Interval) -> tuple[Interval, ...]:
         at = self.plan.steps[step]
