@@ -21,6 +21,11 @@ class Ranks(NamedTuple):
     globally: tuple[int, ...]
     backends: str
 
+    @property
+    def send_cuda(self) -> bool:
+        """Whether the group sends CUDA tensors from GPU to GPU."""
+        return "nccl" in self.backends.partition("cuda:")[2]
+
 
 _known: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
 

@@ -138,7 +138,7 @@ class RingComm:
         """Return what to send and receive: gloo moves no CUDA tensors, host copies stand in."""
         if not any(x.is_cuda for x in (*self._sends, *self._receives)):
             return self._sends, self._receives
-        if "nccl" in ranks_of(self._process_group).backends.partition("cuda:")[2]:
+        if ranks_of(self._process_group).send_cuda:
             return self._sends, self._receives
         _warn_staging()
         self._arrived = [torch.empty_like(x, device="cpu") for x in self._receives]

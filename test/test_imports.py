@@ -52,8 +52,10 @@ MAY_IMPORT = {
         "kernels",
         "backends",
     ),
+    "core.capture": ("ranks",),
     "core.exchange": (
         "utils",
+        "core.capture",
         "core.plan",
         "core.packed",
         "core.traffic",
@@ -99,6 +101,7 @@ MAY_IMPORT = {
         "backends.base",
         "ranks",
         "utils",
+        "core.capture",
         "core.plan",
         "core.packed",
         "core.attention",

@@ -1,5 +1,6 @@
 """Who computes a step, and the one function that says which backend runs."""
 
+from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -57,12 +58,17 @@ def needs_lengths(backend: Backend, plan: PackedPlan, documents: Documents) -> l
 
 def _candidates(name: str, q: Tensor) -> list[Backend]:
     if name == "triton":
-        # Imported on use: the rest of the library works where Triton is not installed.
-        if find_spec("triton") is None:
-            raise ImportError("backend triton needs the package triton: pip install triton")
-        from .triton import TritonBackend
-
-        return [TritonBackend()]
+        return [_triton()]
     if name != "native":
         return [_BY_NAME[name]]
     return [*_NATIVE, *([_BY_NAME["reference"]] if q.device.type == "cpu" else [])]
+
+
+@cache
+def _triton() -> Backend:
+    """Return the Triton backend, imported on use: the rest works where Triton is not installed."""
+    if find_spec("triton") is None:
+        raise ImportError("backend triton needs the package triton: pip install triton")
+    from .triton import TritonBackend
+
+    return TritonBackend()

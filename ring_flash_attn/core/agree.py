@@ -54,15 +54,17 @@ def agreement(group: dist.ProcessGroup | None, own: object) -> Iterator[dict[str
 
 
 def _due(group: dist.ProcessGroup | None, world_size: int) -> bool:
-    if world_size == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if world_size == 1:
         return False
     member = dist.group.WORLD if group is None else group
     assert member is not None, "check_group has passed"
     count = _calls.get(member, 0)
-    if count < EXCHANGED_CALLS:
-        _calls[member] = count + 1
-        return True
-    return os.environ.get("RING_FLASH_ATTN_CHECK") == "1"
+    if count >= EXCHANGED_CALLS and os.environ.get("RING_FLASH_ATTN_CHECK") != "1":
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    _calls[member] = min(count + 1, EXCHANGED_CALLS)
+    return True
 
 
 def gather_objects(

@@ -103,7 +103,9 @@ def open_exchange(
     if route is not None and possible and route.exchange != "ring" and len(plan.steps) > 1:
         member = dist.group.WORLD if group is None else group
         assert member is not None, "check_group has passed"
-        ours = _groups.setdefault(member, _Group())
+        ours = _groups.get(member)
+        if ours is None:
+            ours = _groups[member] = _Group()
         reasons = _reasons(ours, member, k.device)
         if not reasons:
             buffers = _buffers(ours, k, state)

@@ -144,7 +144,7 @@ class CopyEngineExchange:
         shares = self._shares()
         self._transport.compute(lambda: sum_shares(result, own, shares))
         self._end()
-        dk, dv = result
+        dk, dv = result.unbind()
         return dk, dv
 
     def abandon(self) -> None:

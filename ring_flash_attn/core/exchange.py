@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends.base import GradTarget
 from ..backends.shares import Shares, sum_shares
 from ..utils import RingComm, ShiftComm
+from .capture import check_messages
 from .packed import DocumentsPlan, DocumentsStep
 from .plan import Interval, RingPlan
 from .traffic import Traffic, hull, rows_to_zero, whole_traffic
@@ -71,6 +72,9 @@ class RingExchange:
         k, v: [B, L, Hk, D], this rank's own, any strides; read.
         state: dtype of dk, dv as they are summed and travel.
         traffic: which rows travel; None: all of everyone's.
+
+    Raises:
+        RuntimeError: a CUDA graph captures this and cannot hold the group's messages.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class RingExchange:
         self._own: Tensor | None = None
         self._sums: list[Tensor] = []
         if last > 0:
+            check_messages(group, k.device)
             self._connect(group)
 
     def _connect(self, group: dist.ProcessGroup | None) -> None:
@@ -117,7 +122,7 @@ class RingExchange:
             self._send_kv(step)
         rows = self._relay.kv[step]
         # Rows behind the last that has come hold nothing: the tensors end there.
-        k, v = self._kv[step % 2][:, :, : rows[1] if rows else 0]
+        k, v = self._kv[step % 2][:, :, : rows[1] if rows else 0].unbind()
         return k, v
 
     def kv_done(self, step: int) -> None:
@@ -138,13 +143,13 @@ class RingExchange:
             self._sums_comm.wait()
         sums, rows, before = self._sums[step % 2], *self._rows_of_sums(step)
         if rows is None:
-            return GradTarget(*sums[:, :, :0], add=False)
+            return GradTarget(*sums[:, :, :0].unbind(), add=False)
         if before is None:
             return self._stored(sums, step, rows)
         for begin, end in ((rows[0], before[0]), (before[1], rows[1])):
             if begin < end:
                 sums[:, :, begin:end] = 0
-        return GradTarget(*sums[:, :, : rows[1]], add=True)
+        return GradTarget(*sums[:, :, : rows[1]].unbind(), add=True)
 
     def dkv_done(self, step: int) -> None:
         if step == 0:
@@ -167,7 +172,7 @@ class RingExchange:
             self._home_comm.wait()
             landed = self._sums[(self._last + 1) % 2].unsqueeze(0)
         sum_shares(result, self._own, self._home(landed))
-        dk, dv = result
+        dk, dv = result.unbind()  # not by iterating, which goes through Python
         return dk, dv
 
     def abandon(self) -> None:
@@ -189,7 +194,7 @@ class RingExchange:
         """Return a target to store into, with zeros where the step's kernels store nothing."""
         for begin, end in self._unstored(step, rows):
             target[:, :, begin:end] = 0
-        return GradTarget(*target[:, :, : rows[1]], add=False)
+        return GradTarget(*target[:, :, : rows[1]].unbind(), add=False)
 
     def _unstored(self, step: int, rows: Interval) -> tuple[Interval, ...]:
         at = self.plan.steps[step]

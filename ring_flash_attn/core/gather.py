@@ -11,6 +11,7 @@ from ..backends.base import Backend, GradTarget, Saved, state_dtype
 from ..ranks import ranks_of
 from ..utils import AllGatherComm, ReduceScatterComm
 from .attention import Attention
+from .capture import check_messages
 from .packed import DocumentsPlan
 from .plan import RingPlan
 
@@ -38,9 +39,13 @@ class _Gather:
     """Gather K, V slice by slice of heads into two buffers: one is read while the other fills.
 
     A row of a buffer holds k and v, so that one collective brings both.
+
+    Raises:
+        RuntimeError: a CUDA graph captures this and cannot hold the group's messages.
     """
 
     def __init__(self, call: GatheredCall, k: Tensor, v: Tensor) -> None:
+        check_messages(call.group, k.device)
         self._k_slice, self._slices = call.k_slice, len(key_slices(call, k))
         self._comms = AllGatherComm(call.group), AllGatherComm(call.group)
         for comm in self._comms:

@@ -47,6 +47,8 @@ class Traffic(NamedTuple):
         units: equal parts that a document has on a rank; 0 where there are no documents.
         returns: of documents on the device, the units [begin, end) of each whose dk, dv that reader
             hands back, by step.
+        fetched: the steps at which this rank reads something, in order.
+        readers: the ranks that read this rank's K, V, by step. bystanders: the other ranks.
     """
 
     rank: int
@@ -54,33 +56,15 @@ class Traffic(NamedTuple):
     pulls: tuple[Interval | None, ...]
     lends: tuple[Interval | None, ...]
     relay: Relay
+    fetched: tuple[int, ...]
+    readers: tuple[int, ...]
+    bystanders: tuple[int, ...]
     units: int = 0
     returns: tuple[Interval | None, ...] = ()
-
-    @property
-    def fetched(self) -> tuple[int, ...]:
-        """The steps at which this rank reads something, in order."""
-        return tuple(step for step, rows in enumerate(self.pulls) if rows is not None)
-
-    @property
-    def readers(self) -> tuple[int, ...]:
-        """The ranks that read this rank's K, V, by step."""
-        return tuple(self.reader(step) for step, rows in enumerate(self.lends) if rows is not None)
-
-    @property
-    def bystanders(self) -> tuple[int, ...]:
-        """The other ranks that do not."""
-        readers = self.readers
-        ranks = (self.reader(step) for step in range(1, self.world_size))
-        return tuple(rank for rank in ranks if rank not in readers)
 
     def source(self, step: int) -> int:
         """Return the rank whose K, V this rank reads at a step."""
         return (self.rank - step) % self.world_size
-
-    def reader(self, step: int) -> int:
-        """Return the rank that reads this rank's K, V at its step."""
-        return (self.rank + step) % self.world_size
 
 
 def rows_read(step: StepPlan) -> Interval | None:
@@ -174,6 +158,10 @@ def _traffic(
         tuple(of_source(source[x], range(1, x + 1)) for x in range(steps)),
         of_source(rank, range(1, steps)),
     )
-    pulls = [read(rank, step) for step in range(1, steps)]
-    lends = [read((rank + step) % size, step) for step in range(1, steps)]
-    return Traffic(rank, size, (None, *pulls), (None, *lends), relay)
+    pulls = None, *(read(rank, step) for step in range(1, steps))
+    lends = None, *(read((rank + step) % size, step) for step in range(1, steps))
+    fetched = tuple(step for step, rows in enumerate(pulls) if rows is not None)
+    readers = tuple((rank + step) % size for step, rows in enumerate(lends) if rows is not None)
+    peers = ((rank + step) % size for step in range(1, size))
+    bystanders = tuple(peer for peer in peers if peer not in readers)
+    return Traffic(rank, size, pulls, lends, relay, fetched, readers, bystanders)

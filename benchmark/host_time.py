@@ -1,0 +1,175 @@
+"""What a call of the Triton ring costs the host, by pass, exchange and packing, in microseconds.
+
+    torchrun --nproc_per_node 4 benchmark/host_time.py --csv benchmark/results/host.csv
+
+The clock runs from a call until it returns, on an idle GPU, without a wait, with warm caches: the
+Python, torch and driver time of a pass. `per step` is a pass over its steps, one for each rank's
+keys. `per hop` is what another rank adds: the pass, less that of the same shape on one rank, over
+P - 1. The slowest rank counts. On a CPU it runs the reference backend over gloo, where the host
+computes and waits: the same rows, no measure of anything.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import rows
+import timing
+import torch
+import torch.distributed as dist
+from packing import BATCH, STATED, pack
+from rank_timing import over_ranks
+from torch import Tensor
+
+from comparison import Place, join
+from ring_flash_attn import packed_attention, ring_attention
+
+EXCHANGES = ("ring", "copy-engine")
+PASSES = ("fwd", "bwd")
+WARMUP = 5
+TURN = 5  # calls of a case before the next one's turn
+Case = tuple[str, str, int]  # exchange, packing, ranks
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES if on_gpu else ["ring"])
+    add("--packed", nargs="+", choices=(BATCH, STATED), default=[BATCH, STATED])
+    add("--local-len", type=int, default=2048 if on_gpu else 32)
+    add("--heads", type=int, default=32 if on_gpu else 4)
+    add("--kv-heads", type=int, default=8 if on_gpu else 2)
+    add("--head-dim", type=int, default=128 if on_gpu else 16)
+    add("--repeats", type=int, default=100 if on_gpu else 5, help="calls of each case")
+    add("--csv", type=Path, help="append the rows to this file")
+    add("--run-id", "--run", dest="run", default=timing.new_run(), help="column run")
+    add("--tree", help="hash of ring_flash_attn/, where git is absent")
+    add("--commit", help="hash of the commit, where git is absent")
+    return parser.parse_args(arguments)
+
+
+def attend(case: Case, o: argparse.Namespace, place: Place, group) -> Callable[..., Tensor]:
+    """Return q, k, v [1, L, H, D] -> out, causal zigzag, on the ranks of `group`."""
+    exchange, packing, _ = case
+    backend = "triton" if place.device.type == "cuda" else "reference"
+    options = {"layout": "zigzag", "causal": True, "backend": backend, "group": group}
+    options["exchange"] = exchange
+    if packing == BATCH:
+        return lambda q, k, v: ring_attention(q, k, v, **options)[0]
+    lengths = [n // place.world_size for n in pack(packing, o.local_len, place.world_size).lengths]
+    edges = [0, *itertools.accumulate(lengths)]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=place.device)
+    given = cu_seqlens, max(lengths)
+    return lambda q, k, v: packed_attention(q[0], k[0], v[0], *given, **options)[0].unsqueeze(0)
+
+
+def pass_times(run: Callable[..., Tensor], tensors: list[Tensor], calls: int) -> list[list[float]]:
+    """Return [forward, backward] of each call in microseconds of the host, the GPU idle before.
+
+    tensors: q, k, v, which require a gradient, and dout.
+    """
+    *leaves, dout = tensors
+    times = []
+    for _ in range(calls):
+        _drain()
+        begin = time.perf_counter()
+        out = run(*leaves)
+        middle = time.perf_counter()
+        _drain()
+        again = time.perf_counter()
+        torch.autograd.grad(out, leaves, dout)
+        end = time.perf_counter()
+        times.append([1e6 * (middle - begin), 1e6 * (end - again)])
+    return times
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], timing.Quantiles]:
+    """Return the host's microseconds by case and pass, the cases in turn, the slowest rank's."""
+    alone = [dist.new_group([rank]) for rank in range(place.world_size)][place.rank]
+    torch.manual_seed(place.rank)
+    tensors = [
+        torch.randn(1, o.local_len, heads, o.head_dim, device=place.device, dtype=torch.bfloat16)
+        for heads in (o.heads, o.kv_heads, o.kv_heads, o.heads)
+    ]
+    for x in tensors[:3]:
+        x.requires_grad_()
+    cases = list(itertools.product(o.exchanges, o.packed, sorted({1, place.world_size})))
+    runs = {case: attend(case, o, place, None if case[2] > 1 else alone) for case in cases}
+    for run in runs.values():
+        pass_times(run, tensors, WARMUP)
+    dist.barrier()
+    turns = -(-o.repeats // TURN)
+    times = timing.interleaved(runs, turns, lambda run: pass_times(run, tensors, TURN))
+    found = {}
+    for case, pairs in times.items():
+        for pass_, us in zip(PASSES, zip(*pairs, strict=True), strict=True):
+            own = [*timing.quantiles(list(us))]
+            found[case, pass_] = timing.Quantiles(*over_ranks(own, dist.ReduceOp.MAX, place))
+    return found
+
+
+def table(
+    o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], timing.Quantiles]
+) -> list[dict]:
+    """Return the rows of the cases on all ranks."""
+    source = timing.origin(o.run, o.commit, o.tree) | {"cpu": _cpu()}
+    shape = {"dtype": "bf16", "local_len": o.local_len, "heads": o.heads}
+    shape |= {"kv_heads": o.kv_heads, "head_dim": o.head_dim, "world_size": place.world_size}
+    made = []
+    for ((exchange, packing, ranks), pass_), us in found.items():
+        if ranks < place.world_size:
+            continue
+        one = found[(exchange, packing, 1), pass_].p50
+        made.append(
+            source
+            | shape
+            | {"exchange": exchange, "packing": packing, "pass": pass_, "us_one_rank": one}
+            | {"us_p20": us.p20, "us_p50": us.p50, "us_p80": us.p80, "us_per_step": us.p50 / ranks}
+            | {"us_per_hop": (us.p50 - one) / (ranks - 1) if ranks > 1 else None}
+        )
+    return made
+
+
+def _cpu() -> str:
+    """Return the model of the CPU, "" where nobody says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    place = join()
+    try:
+        for row in table(options, place, measure(options, place)):
+            if place.rank == 0:
+                hop = "" if row["us_per_hop"] is None else f"{row['us_per_hop']:.1f}"
+                print(
+                    f"{place.world_size} ranks {row['exchange']:11} {row['packing']:6} "
+                    f"{row['pass']}: {row['us_p50']:.0f} us ({row['us_p20']:.0f}-"
+                    f"{row['us_p80']:.0f}), per step {row['us_per_step']:.1f}, per hop {hop}, "
+                    f"one rank {row['us_one_rank']:.0f}",
+                    flush=True,
+                )
+                if options.csv:
+                    rows.append(options.csv, rows.HOST, row)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
