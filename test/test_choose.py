@@ -250,7 +250,7 @@ def test_a_group_s_memory_serves_every_shape_that_fits_and_dies_with_it(monkeypa
 
         first, store = buffers(100), ours.stores[CPU, torch.float32]
         memory = ours.memories[CPU]
-        assert buffers(100) is first and store.elements == 2 * 100 * 8
+        assert buffers(100) is first and store.size.elements == 2 * 100 * 8
         assert buffers(7).store is store and buffers(7).staged[0].shape == (2, 1, 7, 1, 8)
         for rows in range(1, choose.KEPT_SHAPES + 9):
             assert buffers(rows).store is store
@@ -258,13 +258,13 @@ def test_a_group_s_memory_serves_every_shape_that_fits_and_dies_with_it(monkeypa
         assert memory.settled == 0
         # Larger ones, and by so much that the next need not grow it again.
         grown = buffers(101).store
-        assert grown is not store and grown.elements == 2 * 125 * 8 and memory.settled == 1
+        assert grown is not store and grown.size.elements == 2 * 125 * 8 and memory.settled == 1
         assert buffers(100).store is grown and buffers(125).store is grown
         assert {x.store for x in ours.buffers.values()} == {grown} and ours.kept == []
         other = choose._buffers(ours, torch.empty(1, 3, 1, 8).double(), torch.float64)
         assert other.store is not grown and memory.settled == 1
         grown.kept = True
-        assert buffers(999).store.elements == 2 * 999 * 8
+        assert buffers(999).store.size.elements == 2 * 999 * 8
         assert ours.kept == [grown], "a graph may be replayed"
 
         gone = weakref.ref(ours)
