@@ -100,9 +100,9 @@ class StillCopyEngine(CopyEngineExchange):
 
     def _shares(self) -> Shares:
         shares = super()._shares()
-        if shares.cu_seqlens is None:
-            shares = shares._replace(parts=self._traffic.pulls[1:])
-        return shares
+        if shares.cu_seqlens is not None:
+            return shares
+        return Shares(self._buffers.landing[self._traffic.rank], self._traffic.pulls[1:])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from copy_engine_programs import (
 )
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Broken, Layer, Member, wrong
 from ranks import run_ranks
-from ring_flash_attn.core import merge
+from ring_flash_attn.core import copy_engine, merge
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
@@ -49,9 +49,13 @@ def test_float64_passes_equal_dense(size, layout, mask):
 
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOW], ids=str)
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
-@pytest.mark.parametrize(("size", "sources"), [(3, 3), (4, 3), (4, 2), (6, 2), (6, 3)])
-def test_several_sources_in_a_launch_equal_dense(size, sources, layout, mask, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "sources", "first"),
+    [(3, 3, None), (4, 3, 1), (4, 2, None), (6, 2, 1), (6, 3, None), (8, 3, 1)],
+)
+def test_several_sources_in_a_launch_equal_dense(size, sources, first, layout, mask, monkeypatch):
     monkeypatch.setattr(merge, "SOURCES", sources)
+    monkeypatch.setattr(copy_engine, "first_round", lambda *_: first)
     program = partial(train, pair(layout, mask, local_len=6))
     for seed in range(2):
         assert not execute(program, size, seed, merges=True)

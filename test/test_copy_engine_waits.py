@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("empty_is_nan")
 ZIGZAG, CONTIGUOUS = pair("zigzag"), pair("contiguous")
 READY = "            transport.take(pull, (owner,), Channel.KV_READY)\n"
 FETCH = (
-    "            for target, source in self._buffers.pieces(self._slot(hop), owner, rows):\n"
+    "            for target, source in self._buffers.pieces(self._slots[hop], owner, rows):\n"
     "                transport.copy(pull, target, source)\n"
 )
 FREED = "            transport.signal(pull, (owner,), Channel.KV_FREE)\n"
@@ -81,8 +81,8 @@ MUTATIONS = {
         4,
     ),
     "the caller's k, v are staged": (
-        "            self._join()\n            if not self._backward:\n",
-        "            if not self._backward:\n",
+        "        transport.wait(self._compute, transport.record(transport.pull_stream))\n",
+        "",
         partial(infer, CONTIGUOUS),
         4,
     ),

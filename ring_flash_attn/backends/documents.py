@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from ..core.packed import Documents, DocumentsStep, PackedPlan, PackedStep
 from ..kernels.fill import ENTRY, FIRST_PART, PART, _fill_kernel, _order_tiles_kernel
@@ -159,11 +160,11 @@ def _recipe(plan: PackedPlan, sides: tuple[Side, ...], device: torch.device) -> 
 
 
 def _form(plan: PackedPlan) -> _Form:
-    """Return what the tables of a plan have at most, even: a kernel is compiled for each."""
+    """Return what the tables of a plan have at most, as powers of two, which the kernel wants."""
     sides = [(step, keys) for step in plan.steps for keys in (False, True)]
     parts = max(len(_parts(*side)) for side in sides)
     entries = max(most_entries(*side) for side in sides)
-    return _Form(max(2, parts + parts % 2), max(2, entries + entries % 2))
+    return _Form(next_power_of_2(max(2, parts)), next_power_of_2(max(2, entries)))
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.base import GradTarget
 from ..backends.shares import Shares, sum_shares
-from .merge import rounds_of
+from .merge import first_round, rounds_of, slots_of
 from .packed import DocumentsPlan, DocumentsStep
 from .peer_buffers import AHEAD, PeerBuffers
 from .plan import RingPlan
@@ -22,10 +22,9 @@ class CopyEngineExchange:
     """One pass of one call over `PeerBuffers`, as the protocol `Exchange`.
 
     The pull stream stages this rank's k, v once every peer has fetched the pass before, then
-    fetches source after source, those of `AHEAD` launches ahead of the kernels. It starts behind
-    the caller's stream and joins it at the end, so tensors of a call follow the caller's stream.
-    Kernels write their share of a source's dk, dv into its owner's landing slot, and the owner adds
-    them up.
+    fetches source after source, those of `AHEAD` launches ahead of the kernels. The caller's stream
+    waits for both, so tensors of a call follow it. Kernels write their share of a source's dk, dv
+    into its owner's landing slot, and the owner adds them up.
 
     Buffers change hands like this:
 
@@ -61,7 +60,10 @@ class CopyEngineExchange:
         merges: bool = False,
     ) -> None:
         # Rounds of the hops that fetch something, by their numbers.
-        self._rounds = rounds_of(traffic.fetched, buffers.sources if merges else 1)
+        most = buffers.sources if merges else 1
+        first = first_round(k.shape, isinstance(plan, DocumentsPlan), backward)
+        self._rounds = rounds_of(traffic.fetched, most, first)
+        self._slots = slots_of(self._rounds, most, len(buffers.slots))
         alone = all(len(hops) == 1 for hops in self._rounds)
         self.plan = plan if alone else buffers.merged(plan, self._rounds)
         self._buffers, self._traffic, self._hops = buffers, traffic, plan
@@ -79,9 +81,7 @@ class CopyEngineExchange:
 
     def kv(self, step: int) -> tuple[Tensor, Tensor]:
         if step == 0:
-            # Before the kernels of step 0: a copy within one GPU takes SMs, which they leave none
-            # of. What is fetched comes after them, they hide it.
-            self._open()
+            self._open()  # What is fetched comes after the launch of step 0, which hides it.
             return self._k, self._v
         rows = self._traffic.pulls[step]
         if rows is None:
@@ -92,7 +92,7 @@ class CopyEngineExchange:
         last = self._traffic.pulls[hops[-1]]
         assert hops[0] == step and last is not None
         # Rows behind the last that was fetched hold nothing: the tensors end there.
-        return self._buffers.fetched(self._slot(hops[0]), last[1], len(hops))
+        return self._buffers.fetched(self._slots[step], last[1], len(hops))
 
     def kv_done(self, step: int) -> None:
         if step == 0:
@@ -101,10 +101,8 @@ class CopyEngineExchange:
         if self._traffic.pulls[step] is not None:
             self._read.append(self._transport.record(self._compute))
             self._pull_next()
-        if step == self._last:
-            self._join()
-            if not self._backward:
-                self._end()
+        if step == self._last and not self._backward:
+            self._end()
 
     def late(self, step: int) -> bool:
         return False
@@ -159,7 +157,7 @@ class CopyEngineExchange:
         while len(self._read) < len(self._rounds):
             self._read.append(self._transport.record(self._compute))
             self._pull_next()
-        self._join()
+        self._transport.wait(self._compute, self._transport.record(self._transport.pull_stream))
         if self._backward:
             for hops in self._rounds[self._written :]:
                 for hop in hops:
@@ -170,11 +168,16 @@ class CopyEngineExchange:
         self._end()
 
     def _open(self) -> None:
-        """Stage k and v beside what the caller's stream has still to do."""
+        """Stage k and v behind what the caller's stream has to do, and before the first kernel.
+
+        A copy within one GPU takes SMs. Beside a persistent kernel it would wait for its end, and
+        the readers with it.
+        """
         transport = self._transport
         self._compute = transport.open_pass()
         transport.wait(transport.pull_stream, transport.record(self._compute))
         self._stage()
+        transport.wait(self._compute, transport.record(transport.pull_stream))
 
     def _stage(self) -> None:
         """Put k, v where the peers fetch them, once the last pass's are fetched."""
@@ -201,18 +204,10 @@ class CopyEngineExchange:
             rows, owner = self._traffic.pulls[hop], self._traffic.source(hop)
             assert rows is not None
             transport.take(pull, (owner,), Channel.KV_READY)
-            for target, source in self._buffers.pieces(self._slot(hop), owner, rows):
+            for target, source in self._buffers.pieces(self._slots[hop], owner, rows):
                 transport.copy(pull, target, source)
             transport.signal(pull, (owner,), Channel.KV_FREE)
         self._pulled.append(transport.record(pull))
-
-    def _slot(self, hop: int) -> int:
-        """Return which of the fetched sources a hop's is: the n-th uses slot n modulo their number.
-
-        Rounds are of one size but for the last, so those of two rounds do not meet, and one's are
-        neighbours.
-        """
-        return self._traffic.fetched.index(hop)
 
     def _share(self, hop: int) -> tuple[Tensor, Tensor]:
         """Return where this rank's share of a source's dk, dv goes."""
@@ -242,10 +237,6 @@ class CopyEngineExchange:
                 part = x[:, begin:end]
                 self._transport.compute(lambda part=part: part.zero_())
         return share
-
-    def _join(self) -> None:
-        transport = self._transport
-        transport.wait(self._compute, transport.record(transport.pull_stream))
 
     def _end(self) -> None:
         self._over = True

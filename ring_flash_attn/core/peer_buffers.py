@@ -109,13 +109,12 @@ class PeerBuffers:
         """Return where this rank stages its k and its v."""
         return self._view("staged", lambda: self.staged[self.transport.rank].unbind())
 
-    def fetched(self, index: int, end: int, count: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the first `end` rows of k and v in the slot of the index-th source.
+    def fetched(self, slot: int, end: int, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the first `end` rows of k and v in a slot.
 
         Args:
-            count: of so many sources from it on, each but the last with all its rows.
+            count: of so many slots from it on, each but the last with all its rows.
         """
-        slot = index % len(self.slots)
 
         def cut() -> tuple[Tensor, ...]:
             first = self.slots[slot]
@@ -127,12 +126,11 @@ class PeerBuffers:
 
         return self._view(("slot", slot, end, count), cut)
 
-    def pieces(self, index: int, owner: int, rows: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-        """Return (target, source) of rows on their way from their owner into that slot.
+    def pieces(self, slot: int, owner: int, rows: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+        """Return (target, source) of rows on their way from their owner into a slot.
 
         They are contiguous: others would be copied on an SM.
         """
-        slot = index % len(self.slots)
 
         def cut() -> list[tuple[Tensor, Tensor]]:
             target, source = self.slots[slot], self.staged[owner]

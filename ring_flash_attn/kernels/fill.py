@@ -36,11 +36,8 @@ def _sides(cu_q_ptr, cu_k_ptr, keys, doc, n_docs, q_len, k_len, units):
 
 
 @triton.jit
-def _entry(
-    spec_ptr, part, e, other, other_unit, q_unit, PARTS: tl.constexpr, ENTRIES: tl.constexpr
-):
-    """Return (begin, end, lo, hi) of the e-th entry of a part in a document."""
-    entry_ptr = spec_ptr + FIRST_PART + PARTS * PART + (part * ENTRIES + e) * ENTRY
+def _entry(entry_ptr, other, other_unit, q_unit):
+    """Return (begin, end, lo, hi) of entries in documents."""
     other += tl.load(entry_ptr + 6)
     begin = other + tl.load(entry_ptr) * other_unit
     end = other + tl.load(entry_ptr + 1) * other_unit
@@ -84,17 +81,18 @@ def _fill_kernel(
     own, other, own_unit, other_unit, q_unit = _sides(
         cu_q_ptr, cu_k_ptr, keys, slot, n_docs, q_len, k_len, units
     )
-    for part in tl.static_range(PARTS):
-        for e in tl.static_range(ENTRIES):
-            begin, end, lo, hi = _entry(
-                spec_ptr, part, e, other, other_unit, q_unit, PARTS, ENTRIES
-            )
-            line = (table * n_docs + slot) * (PARTS * ENTRIES) + part * ENTRIES + e
-            line_ptr = entries_ptr + line * 4
-            tl.store(line_ptr, begin, mask=slot < n_docs)
-            tl.store(line_ptr + 1, end, mask=slot < n_docs)
-            tl.store(line_ptr + 2, lo, mask=slot < n_docs)
-            tl.store(line_ptr + 3, hi, mask=slot < n_docs)
+    # All at once: a load waits for the stores before it, which may be to where it reads.
+    lines = tl.arange(0, PARTS * ENTRIES)
+    entries = spec_ptr + FIRST_PART + PARTS * PART
+    begin, end, lo, hi = _entry(
+        (entries + lines * ENTRY)[None, :], other[:, None], other_unit[:, None], q_unit[:, None]
+    )
+    line = (table * n_docs + slot)[:, None] * (PARTS * ENTRIES) + lines[None, :]
+    line_ptr, exists = entries_ptr + line * 4, (slot < n_docs)[:, None]
+    tl.store(line_ptr, begin, mask=exists)
+    tl.store(line_ptr + 1, end, mask=exists)
+    tl.store(line_ptr + 2, lo, mask=exists)
+    tl.store(line_ptr + 3, hi, mask=exists)
 
     # Its share of the slots: the tile of each.
     row = tl.zeros([BLOCK], tl.int32)
@@ -139,12 +137,17 @@ def _fill_kernel(
     own, other, own_unit, other_unit, q_unit = _sides(
         cu_q_ptr, cu_k_ptr, keys, doc, n_docs, q_len, k_len, units
     )
-    for e in tl.static_range(ENTRIES):
-        begin, end, lo, hi = _entry(spec_ptr, part, e, other, other_unit, q_unit, PARTS, ENTRIES)
-        low = row + tl.where(keys, -hi, lo)
-        high = row_end + tl.where(keys, -lo, hi)
-        seen = tl.maximum(tl.minimum(end, high) - tl.maximum(begin, low), 0)
-        work += tl.where(e < n_entries, seen, 0)
+    e = tl.arange(0, ENTRIES)[None, :]
+    begin, end, lo, hi = _entry(
+        entries + (part[:, None] * ENTRIES + e) * ENTRY,
+        other[:, None],
+        other_unit[:, None],
+        q_unit[:, None],
+    )
+    low = row[:, None] + tl.where(keys, -hi, lo)
+    high = row_end[:, None] + tl.where(keys, -lo, hi)
+    seen = tl.maximum(tl.minimum(end, high) - tl.maximum(begin, low), 0)
+    work += tl.sum(tl.where(e < n_entries[:, None], seen, 0), 1)
     first_entry = (doc * PARTS + part) * ENTRIES
     found_ptr += (table * n_slots + slot) * _FOUND
     inside = slot < n_slots
