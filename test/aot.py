@@ -250,7 +250,7 @@ def _compile_hopper_backward(job: Job):
         "PRODUCER_REGISTERS": others,
         "BLOCK_M": job.block_m,
     }
-    for name in ("stages", "q_stages", "dout_stages", "dq_stages"):
+    for name in ("stages", "q_stages", "dout_stages", "dq_stages", "keys_in_registers"):
         constants[name.upper()] = getattr(config, name, None)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     element = gl.bfloat16 if job.dtype == "bfloat16" else gl.float16
