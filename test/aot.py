@@ -254,7 +254,7 @@ def _compile_hopper_backward(job: Job):
         "PRODUCER_REGISTERS": others,
         "BLOCK_M": job.block_m,
     }
-    for name in ("stages", "q_stages", "dout_stages", "dq_stages"):
+    for name in ("stages", "q_stages", "dout_stages", "dq_stages", "keys_in_registers"):
         constants[name.upper()] = getattr(config, name, None)
     if not job.merged:
         constants["offsets_ptr"] = None

@@ -189,6 +189,13 @@ def test_any_number_of_stages_and_rows(emulated, block_m, q_stages, dout_stages)
     assert not check(emulated(config), (False, (70, 30)), "contiguous", 1, given)
 
 
+@pytest.mark.parametrize("keys_in_registers", [False, True])
+def test_keys_as_operands_from_either_memory(emulated, keys_in_registers):
+    given = inputs(SMALL, torch.bfloat16)
+    backend = emulated(replace(BACKWARD[64], keys_in_registers=keys_in_registers))
+    assert not check(backend, CAUSAL, "contiguous", 2, given)
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_full_attention_from_any_block_on(emulated, rotate):
     given = inputs(Shape(450, 600, 1, 2, 1, 64), torch.bfloat16)

@@ -266,6 +266,7 @@ def _fused_launch(
         "Q_STAGES": config.q_stages,
         "DOUT_STAGES": config.dout_stages,
         "DQ_STAGES": config.dq_stages,
+        "KEYS_IN_REGISTERS": config.keys_in_registers,
         "OTHER_REGISTERS": config.registers[2],
     }
     return _with_registers(_hopper_bwd_kernel, config, arguments)

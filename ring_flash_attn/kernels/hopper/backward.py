@@ -40,6 +40,7 @@ class Options:
     Q_STAGES: gl.constexpr
     DOUT_STAGES: gl.constexpr
     DQ_STAGES: gl.constexpr
+    KEYS_IN_REGISTERS: gl.constexpr
     KEY_TILES: gl.constexpr
     P_SHIFT: gl.constexpr
     P_UNIT: gl.constexpr
@@ -55,6 +56,7 @@ class Options:
         Q_STAGES,
         DOUT_STAGES,
         DQ_STAGES,
+        KEYS_IN_REGISTERS,
     ):
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -64,6 +66,7 @@ class Options:
         self.Q_STAGES = gl.constexpr(Q_STAGES)
         self.DOUT_STAGES = gl.constexpr(DOUT_STAGES)
         self.DQ_STAGES = gl.constexpr(DQ_STAGES)
+        self.KEYS_IN_REGISTERS = gl.constexpr(KEYS_IN_REGISTERS)
         # What produce wants to know: tiles of 64 key rows; p is not shifted.
         self.KEY_TILES = gl.constexpr(2)
         self.P_SHIFT = gl.constexpr(0.0)
@@ -161,6 +164,7 @@ def _hopper_bwd_kernel(
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
+    KEYS_IN_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -205,6 +209,7 @@ def _hopper_bwd_kernel(
         Q_STAGES,
         DOUT_STAGES,
         DQ_STAGES,
+        KEYS_IN_REGISTERS,
     )
     program = Program(
         walk,

@@ -54,9 +54,11 @@ def consume(
         for c in gl.static_range(CONSUMERS):
             await_full(program.k, c, 0)
         await_full(program.v, CONSUMER, 0)
+    k_left, v_left = _left_operands(program, CONSUMER)
     place = begin_walk(walk, program.first_head, BLOCK_M)
     for t in range(program.total):
-        dk, dv = _step(program, t, column(walk, place, BLOCK_M), place[3], dk, dv, CONSUMER)
+        start = column(walk, place, BLOCK_M)
+        dk, dv = _step(program, t, start, place[3], k_left, v_left, dk, dv, CONSUMER)
         place = next_place(walk, place, BLOCK_M)
     fence_async_shared()
     _hand_on_dq(program, program.total, CONSUMER)
@@ -71,7 +73,21 @@ def consume(
 
 
 @gluon.jit
-def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
+def _left_operands(program, CONSUMER: gl.constexpr):
+    """Return this consumer's rows of K and V, in registers if that is asked for."""
+    BLOCK_M: gl.constexpr = program.options.BLOCK_M
+    BLOCK_D: gl.constexpr = program.options.BLOCK_D
+    k = program.k.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
+    v = program.v.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
+    if program.options.KEYS_IN_REGISTERS:
+        scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+        operand: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
+        k, v = k.load(operand), v.load(operand)
+    return k, v
+
+
+@gluon.jit
+def _step(program, t, start, queries, k_left, v_left, dk, dv, CONSUMER: gl.constexpr):
     """Take block t, which starts at query row `start`: add its share to dk, dv; if it is this
     consumer's turn, compute dq.
 
@@ -87,18 +103,19 @@ def _step(program, t, start, queries, dk, dv, CONSUMER: gl.constexpr):
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     scale = program.softmax_scale
-    # Always 0, but ptxas does not know: else it keeps the descriptors of K and V in registers.
-    zero = t >> 30
     q_slot, dout_slot = t % Q_STAGES, t % DOUT_STAGES
-    k_tile = program.k.buffers.index(CONSUMER + zero).reshape([ROWS, BLOCK_D])
-    v_tile = program.v.buffers.index(CONSUMER + zero).reshape([ROWS, BLOCK_D])
+    if not program.options.KEYS_IN_REGISTERS:
+        # Always 0, but ptxas does not know: else it keeps the descriptors in registers.
+        zero = t >> 30
+        k_left = program.k.buffers.index(CONSUMER + zero).reshape([ROWS, BLOCK_D])
+        v_left = program.v.buffers.index(CONSUMER + zero).reshape([ROWS, BLOCK_D])
     q_tile = program.q.buffers.index(q_slot).reshape([BLOCK_M, BLOCK_D])
     dout_tile = program.dout.buffers.index(dout_slot).reshape([BLOCK_M, BLOCK_D])
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
     await_full(program.q, q_slot, t // Q_STAGES)
-    s_t = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s_t = warpgroup_mma(k_left, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     await_full(program.dout, dout_slot, t // DOUT_STAGES)
-    dp_t = warpgroup_mma(v_tile, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp_t = warpgroup_mma(v_left, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse2 = program.statistics.index(q_slot).load(columns)
     s_t = warpgroup_mma_wait(1, [s_t])
     p_t = gl.exp2(s_t * (scale * LOG2_E) - lse2[None, :])

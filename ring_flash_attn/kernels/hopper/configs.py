@@ -67,6 +67,8 @@ class BackwardConfig:
     Attributes:
         block_m: query rows of a block, 64 or 128.
         q_stages, dout_stages, dq_stages: blocks of each in shared memory.
+        keys_in_registers: hold K and V in registers as left operands of the scores and of dp, which
+            saves reading both from shared memory for every block.
         one_dq_stage: take one of dq where backends/hopper_choice.py finds that faster.
         rotate: start tiles of full attention at different blocks of queries.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
@@ -78,6 +80,7 @@ class BackwardConfig:
     dout_stages: int = 2
     dq_stages: int = 2
     one_dq_stage: bool = False
+    keys_in_registers: bool = False
     rotate: bool = False
     spills: int = 0
     wins: bool = True
@@ -95,7 +98,7 @@ class BackwardConfig:
 
 # The design document has the ratios to FlashAttention-3 and to the portable kernels.
 BACKWARD = {
-    64: BackwardConfig(),
+    64: BackwardConfig(keys_in_registers=True),
     128: BackwardConfig(one_dq_stage=True, spills=40),
 }
 
