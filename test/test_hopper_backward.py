@@ -255,7 +255,10 @@ def test_slots_of_dq_are_as_chosen(emulated, monkeypatch, mask, heads, slots):
 
 @pytest.mark.parametrize(
     ("fragment", "instead"),
-    [("out_head // copies,", "out_head,"), ("out_head * group)", "out_head // copies * group)")],
+    [
+        ("out_head // copies,", "out_head,"),
+        ("out_head * group, group,", "out_head // copies * group, group,"),
+    ],
 )
 def test_bugs_in_who_computes_which_heads_are_seen(emulated, monkeypatch, fragment, instead):
     backend = emulated(bugs={fragment: instead})
@@ -497,7 +500,7 @@ BUGS = {
     "keys past the tile": ("offs_n < walk.row_end, ", "offs_n < walk.row_end + 64, "),
     "the band of a query": ("lo, hi = -hi, -lo", "lo, hi = -lo, -hi"),
     "the last block left out": ("(last - first + BLOCK - 1)", "(last - first)"),
-    "one head of the group": ("            head += 1\n", "            head += 0\n"),
+    "one head of the group": ("    head += 1\n", "    head += walk.group\n"),
     "one batch": ("(head // heads, out_head //", "(head * 0, out_head //"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "delta in another scale": ("            delta *= program.softmax_scale", "            pass"),

@@ -45,7 +45,7 @@ def consume(program, dk_ptr, dv_ptr, dk_strides, dv_strides, CONSUMER: gl.conste
         for c in gl.static_range(CONSUMERS):
             await_full(program.k, c, 0)
         await_full(program.v, CONSUMER, 0)
-    place = begin_walk(walk, program.first_head, BLOCK_M)
+    place = begin_walk(walk, BLOCK_M)
     for t in range(program.total):
         dk, dv = _step(program, t, column(walk, place, BLOCK_M), place[3], dk, dv, CONSUMER)
         place = next_place(walk, place, BLOCK_M)
