@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
 from ..core.packed import Documents, DocumentsStep, PackedPlan, PackedStep
 from ..kernels.fill import ENTRY, FIRST_PART, PART, _fill_kernel, _order_tiles_kernel
@@ -164,7 +163,7 @@ def _form(plan: PackedPlan) -> _Form:
     sides = [(step, keys) for step in plan.steps for keys in (False, True)]
     parts = max(len(_parts(*side)) for side in sides)
     entries = max(most_entries(*side) for side in sides)
-    return _Form(next_power_of_2(max(2, parts)), next_power_of_2(max(2, entries)))
+    return _Form(*(max(2, 1 << (most - 1).bit_length()) for most in (parts, entries)))
 
 
 @lru_cache(maxsize=64)

@@ -121,7 +121,7 @@ class HopperStep(NamedTuple):
         summed = _float32_like(q) if dq is None else dq
         if self.step_plan.first:
             summed.zero_()
-        copies = self._copies()
+        copies = copies_for(self._work(), hopper.multiprocessors(q.device))
         late = not self.step_plan.first and getattr(dkv_target, "late", True)
         if copies == 1 and not late:
             self.launch_fused(config, summed, dkv_target())
@@ -140,18 +140,16 @@ class HopperStep(NamedTuple):
         elif self._finishes():
             self._move(summed, result, self.queries, FINISHED=True)
 
-    def _copies(self) -> int:
-        """Return into how many parts to cut the query heads of a key head, see copies_for."""
-        q, k = self.sources["q"], self.sources["k"]
-        n_tiles = tables(self.step_plan, self.keys, self.sides, q.device)["n_tiles"]
+    def _work(self) -> Work:
+        q, k = self.inputs.q, self.inputs.k
+        n_tiles = tables(self.step_plan, self.keys, self.sides, self.saved.lse.device)["n_tiles"]
         documents = isinstance(self.step_plan, DocumentsStep)
-        work = Work(
+        return Work(
             programs=n_tiles * k.shape[0] * k.shape[2],
             group=q.shape[2] // k.shape[2],
             full=self._full(),
             head_numbers=0 if documents else q.shape[1] * q.shape[3],
         )
-        return copies_for(work, hopper.multiprocessors(q.device))
 
     def _finishes(self) -> bool:
         """Return whether the step finishes any rows."""
@@ -170,8 +168,8 @@ class HopperStep(NamedTuple):
         self, config: BackwardConfig, dq: Tensor, target: GradTarget, copies: int = 1
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
-        full, group = self._full(), self.inputs.q.shape[2] // self.inputs.k.shape[2]
-        config, rotate = config_for(config, full, group), config.rotate and full
+        work = self._work()
+        config, rotate = config_for(config, work), config.rotate and work.full
         start = _fused_launch(
             config, self.inputs, like(dq), *_likes(target), self._span(target), rotate, copies
         )

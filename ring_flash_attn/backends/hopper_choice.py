@@ -1,9 +1,7 @@
 """How the fused Hopper backward is cut, by a step's length, mask and heads.
 
 Ratios are to FlashAttention-3's whole backward, bfloat16, D 128, one H200, 2026-11-28; 8k and 32k
-have 32 query and 8 key heads, 16k has 16 and 16. The causal ones were measured with a tile's
-queries from the first up; from the last down, as they are walked now, two slots and no copies gave
-8k 1.000, 16k .945, 32k .960.
+have 32 query and 8 key heads, 16k has 16 and 16.
 """
 
 from dataclasses import replace
@@ -38,14 +36,16 @@ class Work(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def config_for(config: BackwardConfig, full: bool, group: int) -> BackwardConfig:
+def config_for(config: BackwardConfig, work: Work) -> BackwardConfig:
     """Return a row with as many slots of dq as a step is fastest with.
 
-    One where every query sees every key, or a key head has one query head; else as many as the row
-    says. Ratio with two -> one: full 8k .956 -> .959, 16k .927 -> .950, 32k .957 -> .961; causal
-    16k .931 -> .942, 8k .982 -> .981, but 32k .955 -> .928.
+    One where a key head has one query head, or where every query sees every key and one head's rows
+    fit in L2; else as many as the row says. Ratio with two -> one: full 8k .964 -> .975, 32k .969
+    -> .960; causal 8k .999 -> .995; 16k full .920 -> .914 and, on another machine, .927 -> .950,
+    causal .941 -> .942.
     """
-    if config.one_dq_stage and (full or group == 1):
+    in_l2 = work.head_numbers * _BYTES < L2_BYTES
+    if config.one_dq_stage and (work.group == 1 or (work.full and in_l2)):
         return replace(config, dq_stages=1)
     return config
 
@@ -53,18 +53,9 @@ def config_for(config: BackwardConfig, full: bool, group: int) -> BackwardConfig
 def copies_for(work: Work, multiprocessors: int) -> int:
     """Return into how many parts to cut the query heads of a key head, a divisor of their number.
 
-    Each is a program with dk and dv of its own, which are summed afterwards. For two reasons:
-
-    * Few programs leave multiprocessors idle: FEW_PROGRAMS.
-    * Under a mask tiles walk queries of different numbers, so from their second head on they no
-      longer read the same blocks at the same time. Where one head fills L2 a program a query head
-      is faster: causal 32k .955 -> .975.
-
-    Copies take 2 * 4 bytes * B * Lk * Hk * copies * D until they are summed: with a program a query
-    head 8 bytes a number of q, twice a float32 dq. At 32k and 32 heads of 128 that is 1.07 GB.
+    Few programs leave multiprocessors idle. Each part is a program with dk and dv of its own, 2 * 4
+    bytes * B * Lk * Hk * copies * D, which are summed afterwards.
     """
-    if not work.full and work.head_numbers * _BYTES >= L2_BYTES:
-        return work.group
     few = FEW_PROGRAMS if work.full else FEW_MASKED_PROGRAMS
     copies = 1
     while work.programs * copies < few * multiprocessors and work.group % (2 * copies) == 0:

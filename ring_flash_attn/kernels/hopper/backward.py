@@ -84,7 +84,6 @@ class Program:
     batch: gl.tensor
     key_head: gl.tensor
     out_head: gl.tensor
-    first_head: gl.tensor
     total: gl.tensor
     k: Slots
     v: Slots
@@ -99,7 +98,7 @@ class Program:
     @gluon.constexpr_function
     def __init__(self, walk, heads, total, k, v, q, statistics, dout, ds, dq, scale, options):
         self.walk = walk
-        self.batch, self.key_head, self.out_head, self.first_head = heads
+        self.batch, self.key_head, self.out_head = heads
         self.total = total
         self.k = k
         self.v = v
@@ -187,8 +186,9 @@ def _hopper_bwd_kernel(
         gl.program_id(0),
     )
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, True, True)
     out_head = head % heads
+    tile, met = (row, row_end), (first_entry, end_entry)
+    walk = Walk(entries_ptr, tile, met, shift, n_tiles, out_head * group, group, True, True)
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
     box: gl.constexpr = box_shape(BLOCK_M, BLOCK_D, DOCUMENTS)
@@ -213,7 +213,7 @@ def _hopper_bwd_kernel(
     )
     program = Program(
         walk,
-        (head // heads, out_head // copies, out_head, out_head * group),
+        (head // heads, out_head // copies, out_head),
         count_blocks(walk, BLOCK_M) * group,
         k_slots,
         v_slots,

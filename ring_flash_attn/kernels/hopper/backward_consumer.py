@@ -55,7 +55,7 @@ def consume(
             await_full(program.k, c, 0)
         await_full(program.v, CONSUMER, 0)
     k_left, v_left = _left_operands(program, CONSUMER)
-    place = begin_walk(walk, program.first_head, BLOCK_M)
+    place = begin_walk(walk, BLOCK_M)
     for t in range(program.total):
         start = column(walk, place, BLOCK_M)
         dk, dv = _step(program, t, start, place[3], k_left, v_left, dk, dv, CONSUMER)

@@ -82,7 +82,7 @@ def produce(program, statistics, q, k, v, dout):
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     if program.total > 0:
         _load_keys(program, k, program.k)
-    place = begin_walk(walk, program.first_head, BLOCK_M)
+    place = begin_walk(walk, BLOCK_M)
     for t in range(program.total):
         head, end, row = place[0], place[3][1], column(walk, place, BLOCK_M)
         # Asked for before the wait for a slot, which hides how long they take.
@@ -113,7 +113,7 @@ def write(program, dq):
     BLOCK_M: gl.constexpr = program.options.BLOCK_M
     DQ_STAGES: gl.constexpr = program.options.DQ_STAGES
     DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
-    place = begin_walk(walk, program.first_head, BLOCK_M)
+    place = begin_walk(walk, BLOCK_M)
     for t in range(program.total):
         head, end, row = place[0], place[3][1], column(walk, place, BLOCK_M)
         stage = t % DQ_STAGES

@@ -68,7 +68,6 @@ class WideProgram:
     walk: Walk
     batch: gl.tensor
     key_head: gl.tensor
-    first_head: gl.tensor
     total: gl.tensor
     k: Slots
     v: Slots
@@ -82,7 +81,7 @@ class WideProgram:
     @gluon.constexpr_function
     def __init__(self, walk, heads, total, k, v, q, statistics, dout, p, scale, options):
         self.walk = walk
-        self.batch, self.key_head, self.first_head = heads
+        self.batch, self.key_head = heads
         self.total = total
         self.k = k
         self.v = v
@@ -115,7 +114,7 @@ def _consume_p(program, dv_ptr, dv_strides):
     if program.total > 0:
         await_full(program.k, 0, 0)
         await_full(program.dout, 0, 0)
-    place = begin_walk(walk, program.first_head, ROWS)
+    place = begin_walk(walk, ROWS)
     for t in range(program.total):
         zero = t >> 30  # see backward_consumer.py
         slot = t % 2
@@ -257,8 +256,9 @@ def _hopper_dkv_kernel(
         Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group),
         gl.program_id(0),
     )
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, True, False)
     key_head = head % heads
+    tile, met = (row, row_end), (first_entry, end_entry)
+    walk = Walk(entries_ptr, tile, met, row * 0, n_tiles, key_head * group, group, True, False)
     k_slots = make_box_slots(1, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(1, 1, v, ROWS, BLOCK_D, DOCUMENTS)
     q_slots = make_box_slots(2, 2, q, ROWS, BLOCK_D, DOCUMENTS, 2)
@@ -271,7 +271,7 @@ def _hopper_dkv_kernel(
     fence_async_shared()
     program = WideProgram(
         walk,
-        (head // heads, key_head, key_head * group),
+        (head // heads, key_head),
         count_blocks(walk, ROWS) * group,
         k_slots,
         v_slots,

@@ -78,7 +78,7 @@ def _produce(program, q, k, v, dout):
     walk = program.walk
     if program.total > 0:
         _load_queries(program, q, program.q)
-    place = begin_walk(walk, program.head, ROWS)
+    place = begin_walk(walk, ROWS)
     for t in range(program.total):
         end, row = place[3][1], column(walk, place, ROWS)
         box = box_at(program.batch, program.key_head, row, end, 0, program.DOCUMENTS)
@@ -114,7 +114,7 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
     if program.total > 0:
         await_full(program.q, CONSUMER, 0)
         await_full(program.dout, CONSUMER, 0)
-    place = begin_walk(walk, program.head, ROWS)
+    place = begin_walk(walk, ROWS)
     for t in range(program.total):
         zero = t >> 30  # see backward_consumer.py
         k_slot, v_slot = 2 * t % STAGES, (2 * t + 1) % STAGES
@@ -217,7 +217,8 @@ def _hopper_dq_kernel(
         Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group),
         gl.program_id(0),
     )
-    walk = Walk(entries_ptr, row, row_end, first_entry, end_entry, row * 0, n_tiles, False, False)
+    tile, met = (row, row_end), (first_entry, end_entry)
+    walk = Walk(entries_ptr, tile, met, row * 0, n_tiles, head % heads, row * 0 + 1, False, False)
     q_slots = make_box_slots(2, 1, q, ROWS, BLOCK_D, DOCUMENTS)
     dout_slots = make_box_slots(2, 1, dout, ROWS, BLOCK_D, DOCUMENTS)
     kv_slots = make_box_slots(STAGES, 2, k, ROWS, BLOCK_D, DOCUMENTS)

@@ -99,7 +99,7 @@ class BackwardConfig:
 # The design document has the ratios to FlashAttention-3 and to the portable kernels.
 BACKWARD = {
     64: BackwardConfig(keys_in_registers=True),
-    128: BackwardConfig(one_dq_stage=True, spills=40),
+    128: BackwardConfig(one_dq_stage=True, spills=52),
 }
 
 

@@ -1,4 +1,4 @@
-"""Which blocks of the other side a tile meets: entry by entry, head by head of its group.
+"""Which blocks of the other side a tile meets: entry by entry, block by block, head by head.
 
 As in kernels/tile.py a tile owns rows and walks entries of columns. Scalar arithmetic that every
 partition of the Hopper backward does alike.
@@ -13,6 +13,9 @@ from triton.language.core import _aggregate as aggregate
 class Walk:
     """A tile of rows [row, row_end) of one head. KEYS: they are keys, and columns are queries.
 
+    Each block is that of `group` heads from first_head on, one after the other: tiles that start
+    with the same block stay together through all heads, whatever number of blocks each one meets.
+
     DOWN: an entry's blocks come from the last to the first. Under a causal mask all tiles of keys
     meet the last query, so programs that start together read the same blocks.
     `shift` is how far into an entry it starts, in tiles of all n_tiles; the first place follows on
@@ -26,20 +29,20 @@ class Walk:
     end_entry: gl.tensor
     shift: gl.tensor
     n_tiles: gl.tensor
+    first_head: gl.tensor
+    group: gl.tensor
     KEYS: gl.constexpr
     DOWN: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(
-        self, entries_ptr, row, row_end, first_entry, end_entry, shift, n_tiles, KEYS, DOWN
-    ):
+    def __init__(self, entries_ptr, rows, entries, shift, n_tiles, first_head, group, KEYS, DOWN):
         self.entries_ptr = entries_ptr
-        self.row = row
-        self.row_end = row_end
-        self.first_entry = first_entry
-        self.end_entry = end_entry
+        self.row, self.row_end = rows
+        self.first_entry, self.end_entry = entries
         self.shift = shift
         self.n_tiles = n_tiles
+        self.first_head = first_head
+        self.group = group
         self.KEYS = gl.constexpr(KEYS)
         self.DOWN = gl.constexpr(DOWN)
 
@@ -78,9 +81,10 @@ def count_blocks(walk, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def begin_walk(walk, head, BLOCK: gl.constexpr):
+def begin_walk(walk, BLOCK: gl.constexpr):
     """Return the first place: (head, entry, index, columns), see load_columns."""
-    return head, walk.first_entry, walk.row * 0, load_columns(walk, walk.first_entry, BLOCK)
+    columns = load_columns(walk, walk.first_entry, BLOCK)
+    return walk.first_head, walk.first_entry, walk.row * 0, columns
 
 
 @gluon.jit
@@ -97,15 +101,15 @@ def column(walk, place, BLOCK: gl.constexpr):
 
 @gluon.jit
 def next_place(walk, place, BLOCK: gl.constexpr):
-    """Return the place after this one; after an entry's last block the next entry, then head."""
+    """Return the place after this one; after a block's last head the next block, then entry."""
     head, entry, index, columns = place
-    index += 1
-    if index == columns[4]:
+    head += 1
+    if head == walk.first_head + walk.group:
         # Computed, not set to 0: Triton 3.6 does not carry constants.
-        index -= columns[4]
-        entry += 1
-        if entry == walk.end_entry:
-            entry = walk.first_entry
-            head += 1
-        columns = load_columns(walk, entry, BLOCK)
+        head -= walk.group
+        index += 1
+        if index == columns[4]:
+            index -= columns[4]
+            entry += 1
+            columns = load_columns(walk, entry, BLOCK)
     return head, entry, index, columns
