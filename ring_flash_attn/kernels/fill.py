@@ -84,15 +84,15 @@ def _fill_kernel(
     # All at once: a load waits for the stores before it, which may be to where it reads.
     lines = tl.arange(0, PARTS * ENTRIES)
     entries = spec_ptr + FIRST_PART + PARTS * PART
-    begin, end, lo, hi = _entry(
+    met_begin, met_end, met_lo, met_hi = _entry(
         (entries + lines * ENTRY)[None, :], other[:, None], other_unit[:, None], q_unit[:, None]
     )
     line = (table * n_docs + slot)[:, None] * (PARTS * ENTRIES) + lines[None, :]
     line_ptr, exists = entries_ptr + line * 4, (slot < n_docs)[:, None]
-    tl.store(line_ptr, begin, mask=exists)
-    tl.store(line_ptr + 1, end, mask=exists)
-    tl.store(line_ptr + 2, lo, mask=exists)
-    tl.store(line_ptr + 3, hi, mask=exists)
+    tl.store(line_ptr, met_begin, mask=exists)
+    tl.store(line_ptr + 1, met_end, mask=exists)
+    tl.store(line_ptr + 2, met_lo, mask=exists)
+    tl.store(line_ptr + 3, met_hi, mask=exists)
 
     # Its share of the slots: the tile of each.
     row = tl.zeros([BLOCK], tl.int32)
@@ -138,15 +138,15 @@ def _fill_kernel(
         cu_q_ptr, cu_k_ptr, keys, doc, n_docs, q_len, k_len, units
     )
     e = tl.arange(0, ENTRIES)[None, :]
-    begin, end, lo, hi = _entry(
+    met_begin, met_end, met_lo, met_hi = _entry(
         entries + (part[:, None] * ENTRIES + e) * ENTRY,
         other[:, None],
         other_unit[:, None],
         q_unit[:, None],
     )
-    low = row[:, None] + tl.where(keys, -hi, lo)
-    high = row_end[:, None] + tl.where(keys, -lo, hi)
-    seen = tl.maximum(tl.minimum(end, high) - tl.maximum(begin, low), 0)
+    low = row[:, None] + tl.where(keys, -met_hi, met_lo)
+    high = row_end[:, None] + tl.where(keys, -met_lo, met_hi)
+    seen = tl.maximum(tl.minimum(met_end, high) - tl.maximum(met_begin, low), 0)
     work += tl.sum(tl.where(e < n_entries[:, None], seen, 0), 1)
     first_entry = (doc * PARTS + part) * ENTRIES
     found_ptr += (table * n_slots + slot) * _FOUND
