@@ -5,13 +5,14 @@ is worth it: `python test/test_aot.py` writes the file anew.
 """
 
 import csv
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from aot import Job, Report, compile_all
+from aot import Job, Report, compile_all, run_group
 from arrivals import early_arrivals
 from ring_flash_attn.kernels.configs import (
     _ROWS,
@@ -304,6 +305,12 @@ def test_a_borrowed_row_says_why(arch: int, row_arch: int, says: str):
 def test_parts_before_sm80_have_no_rows():
     with pytest.raises(ValueError, match="sm_75"):
         launch_config(75, 128, "bfloat16", "forward")
+
+
+def test_small_kernels_compile():
+    command = [sys.executable, str(Path(__file__).with_name("aot_small.py"))]
+    status, output, errors = run_group(command, "", 300.0)
+    assert status == 0 and output == "done\n", output + errors
 
 
 def write_budget() -> None:

@@ -170,11 +170,11 @@ class PeerBuffers:
             first = plan.steps[0]
             of = first.plan
             steps = self._view(
-                ("merged", id(of)), lambda: (of, merge_packed(of, rounds, self.span))
+                ("merged", id(of), rounds), lambda: (of, merge_packed(of, rounds, self.span))
             )[1]
             return on_device(steps, first.documents)
         return self._view(
-            ("merged", id(plan)), lambda: (plan, merge_plan(plan, rounds, self.span))
+            ("merged", id(plan), rounds), lambda: (plan, merge_plan(plan, rounds, self.span))
         )[1]
 
     def _view(self, key: Any, cut: Callable[[], Any]) -> Any:
