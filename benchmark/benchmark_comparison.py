@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--implementations", nargs="+", choices=KERNELS, default=list(KERNELS))
     add("--passes", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd", "fwd_bwd"])
     add("--exchanges", nargs="+", choices=EXCHANGES, default=["ring"], help="of triton")
-    add("--graphs", action="store_true", help="replay copy-engine calls as CUDA graphs too")
+    add("--graphs", action="store_true", help="replay Triton calls as CUDA graphs too")
     add("--queued", type=int, default=0, help="also time so many calls without a wait, as one")
     add("--repeats", type=int, default=15 if on_gpu else 2)
     add("--no-errors", action="store_true")
@@ -97,8 +97,6 @@ def _refused(o: argparse.Namespace) -> str:
         return f"--local-lengths: zigzag needs even ones, got {o.local_lengths}"
     if o.queued < 0:
         return f"--queued must be at least 0, got {o.queued}"
-    if o.graphs and "copy-engine" not in o.exchanges:
-        return f"--graphs needs --exchanges copy-engine, got {o.exchanges}"
     if not o.packed and LLAMA3 in o.layouts:
         return "--layouts: llama3 needs --packed one or stated"
     if not o.packed:
@@ -250,11 +248,11 @@ class Comparison:
     def _replays(
         self, runs: dict[tuple[Variant, int], timing.Run]
     ) -> dict[tuple[Variant, int], timing.Run]:
-        """Return the replays of the calls over the copy engine, which a graph can capture."""
+        """Return the replays of this library's Triton calls, which a graph can capture."""
         found = {}
         for (x, _), call in runs.items():
-            if x.exchange == "copy-engine":
-                name = f"graph of {x.impl} {x.packing.name} {x.layout}"
+            if x.impl == "triton" and torch.cuda.is_available():
+                name = f"graph of {x.impl} {x.packing.name} {x.layout} over {x.exchange}"
                 found[x, 1] = self._try(name, lambda call=call: replay(call))
         return {key: call for key, call in found.items() if call is not None}
 

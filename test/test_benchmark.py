@@ -163,7 +163,6 @@ def test_packed_comparison_says_what_upstream_lacks(compared_packed):
         (["--packed", "one", "--kv-heads", "2", "--heads-k-stride", "3"], "2 key heads, got 3"),
         (["--heads-k-stride", "2"], "--heads-k-stride needs --packed"),
         (["--queued", "-1"], "--queued must be at least 0, got -1"),
-        (["--graphs"], "--graphs needs --exchanges copy-engine"),
     ],
 )
 def test_options_that_do_not_go_together_are_errors(given: list[str], said: str, capsys):
