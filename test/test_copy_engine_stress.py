@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ranks import run_ranks
 from ring_flash_attn import ring_attention
@@ -91,10 +92,15 @@ def differing(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[str]:
 
 
 def against(ring: list[torch.Tensor], got: list[torch.Tensor]) -> list[str]:
-    """Return what differs from the ring's, which sums dk and dv in another order."""
-    bad = []
+    """Return what differs from the ring's by more than rounding.
+
+    It sums dk and dv in another order. From three ranks on one launch over several sources rounds
+    the others differently too; lse, of float32, by less than numbers of 16 bits.
+    """
+    bad, merged = [], dist.get_world_size() > 2
     for name, x, y in zip(NAMES, got, ring, strict=True):
-        near = 2**-7 * y.abs().max().item() if name in ("dk", "dv") else 0.0
+        rounding = 2**-16 if name == "lse" else 2**-7
+        near = rounding * y.abs().max().item() if merged or name in ("dk", "dv") else 0.0
         if not torch.allclose(x, y, rtol=0, atol=near):
             bad.append(f"{name} against the ring")
     return bad
