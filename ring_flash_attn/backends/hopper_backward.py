@@ -22,7 +22,7 @@ from .descriptors import Like, addressable, like
 from .documents import Side
 from .hopper_choice import Work, config_for, copies_for
 from .launch import ADDRESS, Described, Launch, strides, targets
-from .work import BackwardInputs, heads, source_arguments, tables
+from .work import BackwardInputs, heads, source_arguments, span_of, tables
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -171,7 +171,13 @@ class HopperStep(NamedTuple):
         work = self._work()
         config, rotate = config_for(config, work), config.rotate and work.full
         start = _fused_launch(
-            config, self.inputs, like(dq), *_likes(target), self._span(target), rotate, copies
+            config,
+            self.inputs,
+            like(dq),
+            *_likes(target),
+            span_of(self.step_plan, target),
+            rotate,
+            copies,
         )
         self._launch(start, self.keys, {"dq": dq} | _given(target))
 
@@ -182,12 +188,9 @@ class HopperStep(NamedTuple):
 
     def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
         """Store or add dk and dv."""
-        start = _wide_dkv_launch(config, self.inputs, *_likes(target), self._span(target))
+        span = span_of(self.step_plan, target)
+        start = _wide_dkv_launch(config, self.inputs, *_likes(target), span)
         self._launch(start, self.keys, _given(target))
-
-    def _span(self, target: GradTarget) -> int:
-        """Return how far apart several sources' keys are, if their dk, dv are in several places."""
-        return 0 if target.offsets is None else self.step_plan.span
 
     def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
         """Launch one program for each of a side's tiles and each head."""

@@ -99,6 +99,7 @@ class Launch:
         """Launch with every argument by name; return the compiled kernel if there is one."""
         arguments = self.arguments.copy()
         for name in (*self._addresses, *self._numbers):
+            assert given[name] is not None, f"{name} is to be given by every launch"
             arguments[name] = given[name]
         for name in self._described:
             arguments[name] = arguments[name].make(given[name])

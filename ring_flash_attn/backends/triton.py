@@ -22,7 +22,7 @@ from .base import GradTarget, Saved, Step
 from .descriptors import like
 from .documents import Side
 from .launch import Launch, on, targets
-from .work import backward_inputs, ends_inside, one_entry, tables
+from .work import backward_inputs, ends_inside, one_entry, span_of, tables
 
 
 class TritonBackend:
@@ -168,8 +168,9 @@ class TritonBackend:
             _launch(start, given | tables(step_plan, side, choices.sides, q.device))
             target = dkv_target()
             config = choices.configs["dkv"]
+            span = span_of(step_plan, target)
             start = portable.dkv_launch(
-                config, inputs, like(target.dk), like(target.dv), target.add, step_plan.span
+                config, inputs, like(target.dk), like(target.dv), target.add, span
             )
             given |= {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
             side = portable.side_of("dkv", config)

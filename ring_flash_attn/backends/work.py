@@ -10,7 +10,7 @@ from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..core.plan import Block, Interval
 from ..core.tables import key_tables, query_tables
-from .base import Saved, Step
+from .base import GradTarget, Saved, Step
 from .descriptors import Like, like
 from .documents import Side, Table, document_tables, most_entries
 from .launch import ADDRESS, NUMBER
@@ -130,6 +130,11 @@ def ends_inside(step_plan: Step) -> bool:
     It may be another document or, between the keys of several sources, rows that nobody fetched.
     """
     return isinstance(step_plan, DocumentsStep) or step_plan.span > 0
+
+
+def span_of(step_plan: Step, target: GradTarget) -> int:
+    """Return how far apart several sources' keys are, if their dk, dv are in several places."""
+    return 0 if target.offsets is None else step_plan.span
 
 
 def source_arguments(span: int) -> dict[str, Any]:
