@@ -123,13 +123,18 @@ def test_documents_on_the_device(layout, mask, device):
     check(PackedMember, Layer(layout, mask, local_len=ROWS), 2, device, rounds=1)
 
 
-@pytest.mark.parametrize("kind", [Member, PackedMember])
 @pytest.mark.parametrize(
-    ("layout", "mask"),
-    [("zigzag", CAUSAL), ("zigzag", WINDOW), ("stripe", CAUSAL)],
+    ("kind", "layout", "mask"),
+    [
+        (Member, "zigzag", CAUSAL),
+        (Member, "zigzag", WINDOW),
+        (Member, "stripe", CAUSAL),
+        # Four ranks in the interpreter take their time: the one with most parts and entries.
+        (PackedMember, "zigzag", WINDOW),
+    ],
     ids=str,
 )
-def test_several_sources_in_a_launch(layout, mask, kind, device, monkeypatch):
+def test_several_sources_in_a_launch(kind, layout, mask, device, monkeypatch):
     # Forward alone, as over many rows: the passes of a plan differ.
     monkeypatch.setattr(copy_engine, "first_round", lambda *given: None if given[2] else 1)
     rows = ROWS if kind is PackedMember else 22
