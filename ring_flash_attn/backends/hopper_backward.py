@@ -121,7 +121,9 @@ class HopperStep(NamedTuple):
         summed = _float32_like(q) if dq is None else dq
         if self.step_plan.first:
             summed.zero_()
-        copies = copies_for(self._work(), hopper.multiprocessors(q.device))
+        work = self._work()
+        config = config_for(config, work)
+        copies = copies_for(work, hopper.multiprocessors(q.device))
         late = not self.step_plan.first and getattr(dkv_target, "late", True)
         if copies == 1 and not late:
             self.launch_fused(config, summed, dkv_target())
@@ -168,17 +170,8 @@ class HopperStep(NamedTuple):
         self, config: BackwardConfig, dq: Tensor, target: GradTarget, copies: int = 1
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
-        work = self._work()
-        config, rotate = config_for(config, work), config.rotate and work.full
-        start = _fused_launch(
-            config,
-            self.inputs,
-            like(dq),
-            *_likes(target),
-            span_of(self.step_plan, target),
-            rotate,
-            copies,
-        )
+        rotate, span = config.rotate and self._full(), span_of(self.step_plan, target)
+        start = _fused_launch(config, self.inputs, like(dq), *_likes(target), span, rotate, copies)
         self._launch(start, self.keys, {"dq": dq} | _given(target))
 
     def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:

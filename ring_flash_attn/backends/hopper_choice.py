@@ -1,7 +1,6 @@
 """How the fused Hopper backward is cut, by a step's length, mask and heads.
 
-Ratios are to FlashAttention-3's whole backward, bfloat16, D 128, one H200, 2026-11-28; 8k and 32k
-have 32 query and 8 key heads, 16k has 16 and 16.
+The design document has what the choices are from: section "What was tried on Hopper".
 """
 
 from dataclasses import replace
@@ -40,9 +39,7 @@ def config_for(config: BackwardConfig, work: Work) -> BackwardConfig:
     """Return a row with as many slots of dq as a step is fastest with.
 
     One where a key head has one query head, or where every query sees every key and one head's rows
-    fit in L2; else as many as the row says. Ratio with two -> one: full 8k .964 -> .975, 32k .969
-    -> .960; causal 8k .999 -> .995; 16k full .920 -> .914 and, on another machine, .927 -> .950,
-    causal .941 -> .942.
+    fit in L2; else as many as the row says.
     """
     in_l2 = work.head_numbers * _BYTES < L2_BYTES
     if config.one_dq_stage and (work.group == 1 or (work.full and in_l2)):

@@ -1,7 +1,7 @@
 """Several hops of a ring in one launch: their sources' keys as one tensor, each `span` rows on.
 
-A launch costs the host as much as ten signals, and on the GPU a last wave of programs, and one
-more reading and writing of the state. With few rows a rank that is most of a step's time.
+A launch costs the host's time, and on the GPU a last wave of programs, and one more reading and
+writing of the state. With few rows a rank that is most of a step's time.
 """
 
 from functools import lru_cache
@@ -59,8 +59,7 @@ def first_round(shape: tuple[int, ...], documents: bool, backward: bool) -> int 
     """Return how many sources the first launch after step 0 is over at most; None: any number.
 
     A forward over short documents may be through with this rank's own keys before three sources'
-    have come: 238 us, and 310 us to fetch three of 8192 rows and 8 heads of 128, stated packing of
-    the benchmark, P = 4, H200s, 2026-11-28. With fewer rows another launch takes longer than that.
+    have come. With fewer rows another launch takes longer than that.
     """
     return 1 if documents and not backward and shape[1] > MERGED_ROWS // 2 else None
 
