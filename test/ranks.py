@@ -31,7 +31,8 @@ def run_ranks(
     `work` must be importable (a module's top level); what it returns must pickle. A rank that
     raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here. Not so
     the ranks `lost`: nobody waits for them, they may die, and their result is the exit code, -9
-    if they lived until the others had ended. `transport` is gloo, or nccl: a GPU for each rank.
+    if they lived until the others had ended. `transport` is gloo, or nccl: a GPU for each rank. Over
+    gloo ranks may share GPUs (`gpu_of`), also where one fetches from another's memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -69,6 +70,16 @@ def run_ranks(
         ]
 
 
+def gpu_of(rank: int) -> torch.device:
+    """Return a rank's GPU, which others share where there are more ranks than GPUs."""
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def gpu_transport(world_size: int) -> str:
+    """Return nccl where each rank has a GPU of its own, else gloo."""
+    return "nccl" if world_size <= torch.cuda.device_count() else "gloo"
+
+
 def _enter(
     folder: str, rank: int, world_size: int, transport: str, work: Callable, args: tuple
 ) -> None:
@@ -80,6 +91,9 @@ def _enter(
     if transport == "nccl":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
+    elif 0 < torch.cuda.device_count() < world_size:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        torch.cuda.set_device(gpu_of(rank))
     try:
         dist.init_process_group(
             transport,

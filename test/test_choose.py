@@ -208,6 +208,15 @@ def test_every_reason_is_given(gpus):
     assert reasons(0, here, Place("x", "", ("no GPU",))) == []  # rank 1 says it itself
 
 
+def test_ranks_share_a_gpu_where_torch_is_told_so(gpus, monkeypatch):
+    here = Place("x", "a", ())
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    assert reasons(0, here, here) == []
+    assert reasons(0, here, here._replace(host="y")) == ["rank 1 is on another host"]
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0")
+    assert reasons(0, here, here) == ["rank 1 has the same GPU"]
+
+
 def test_a_place_without_a_gpu_says_so():
     place = place_of(CPU)
     assert place.device == "" and "on cpu" in place.unsupported[0]

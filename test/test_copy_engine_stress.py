@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import run_ranks
+from ranks import gpu_of, gpu_transport, run_ranks
 from ring_flash_attn import ring_attention
 from ring_flash_attn.core import choose
 from ring_flash_attn.core.peer_memory import PeerMemory
@@ -109,7 +109,7 @@ def against(ring: list[torch.Tensor], got: list[torch.Tensor]) -> list[str]:
 def repeated(rank: int, way: Way) -> list[str]:
     """Return what differs from the first calls in a bit, or from the ring by more than rounding."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    device = gpu_of(rank) if on_gpu else torch.device("cpu")
     layers = [Layer(index, rank, device, way) for index in range(len(LAYERS))]
     first = [layer.forward(way.exchange)() for layer in layers]
     complaints = []
@@ -151,8 +151,8 @@ def test_a_wrong_repetition_is_found():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_repetitions_on_gpus():
-    size = min(4, torch.cuda.device_count())
+@pytest.mark.parametrize("size", [2, 4])
+def test_repetitions_on_gpus(size):
     way = Way(1024, "triton", "copy-engine", 200)
-    assert run_ranks(size, repeated, way, transport="nccl", timeout_s=300) == [[]] * size
+    transport = gpu_transport(size)
+    assert run_ranks(size, repeated, way, transport=transport, timeout_s=300) == [[]] * size

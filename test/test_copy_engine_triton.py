@@ -12,7 +12,7 @@ import torch
 
 import oracle
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Layer, Member, wrong
-from ranks import run_ranks
+from ranks import gpu_of, run_ranks
 from ring_flash_attn.core import copy_engine, merge
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from ring_flash_attn.core.traffic import packed_traffic
@@ -151,7 +151,7 @@ def on_gpus(rank, layout, window):
     """Return out, lse, dq, dk, dv of the ring, and of each call by copy engine."""
     from ring_flash_attn import ring_attention
 
-    device = torch.device("cuda", rank)
+    device = gpu_of(rank)
     torch.cuda.set_device(device)
     generator = torch.Generator().manual_seed(rank)
     q, k, v, dout = (
@@ -180,10 +180,9 @@ def on_gpus(rank, layout, window):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("window", [(-1, -1), (300, 0)], ids=str)
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
-def test_two_gpus_equal_the_ring_and_themselves(layout, window):
+def test_two_ranks_on_gpus_equal_the_ring_and_themselves(layout, window):
     for ring, first, *others in run_ranks(2, on_gpus, layout, window):
         for name, x, y in zip(("out", "lse", "dq"), first, ring, strict=False):
             assert torch.equal(x, y), name
