@@ -31,8 +31,8 @@ def run_ranks(
     `work` must be importable (a module's top level); what it returns must pickle. A rank that
     raises, dies or outlasts `timeout_s` ends the others, and its traceback is raised here. Not so
     the ranks `lost`: nobody waits for them, they may die, and their result is the exit code, -9
-    if they lived until the others had ended. `transport` is gloo, or nccl: a GPU for each rank. Over
-    gloo ranks may share GPUs (`gpu_of`), also where one fetches from another's memory.
+    if they lived until the others had ended. `transport` is gloo, or nccl: a GPU for each rank.
+    Over gloo ranks may share GPUs (`gpu_of`), also where one fetches from another's memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

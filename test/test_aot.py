@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aot import Job, Report, compile_all, run_group
-from arrivals import early_arrivals
+from arrivals import early_arrivals, idle_barriers
 from ring_flash_attn.kernels.configs import (
     _ROWS,
     DTYPES,
@@ -123,10 +123,13 @@ def hopper() -> list[Job]:
     return jobs
 
 
+CHOSEN = {"dq_stages": 1}, {"heads_apart": 1}, {"dq_stages": 1, "heads_apart": 1}
+
+
 def hopper_backward() -> list[Job]:
     """Every row of the Hopper backward in two of its forms, and what borrows the rows.
 
-    A row that takes one slot of dq for some steps is compiled with as many as it says too.
+    A row that is changed for some steps (backends/hopper_choice.py) is compiled in every way.
     """
     fused, wide = ("backward",), ("wide-dq", "wide-dkv")
     forms = [
@@ -147,7 +150,8 @@ def hopper_backward() -> list[Job]:
         tile = getattr(config, "block_m", 128), config.key_rows, 4, 2
         jobs += [Job(name, 90, head_dim, dtype, *tile, True, adds, documents) for name in passes]
         if getattr(config, "one_dq_stage", False):
-            jobs.append(replace(jobs[-1], changes=(("dq_stages", 1),)))
+            whole = jobs[-1]
+            jobs += [replace(whole, changes=tuple(x.items())) for x in CHOSEN]
     several = [x for x in jobs if x.documents and x.pass_ != "wide-dq" and x.head_dim != 80]
     jobs += [replace(x, adds=False, merged=True) for x in several]
     return jobs
@@ -224,7 +228,7 @@ def test_hopper_rows(job: Job):
     assert report.shared <= shared_memory(job.arch)
     assert report.registers == config.registers[0]
     assert report.wgmma and report.tma_loads and not report.mma_sync
-    assert not report.early
+    assert not report.early and not report.idle
 
 
 @pytest.mark.parametrize("job", hopper_backward(), ids=str)
@@ -237,7 +241,19 @@ def test_hopper_backward_rows(job: Job):
     assert report.registers == config.registers[0]
     assert report.wgmma and report.tma_loads and not report.mma_sync
     assert bool(report.tma_adds) == (job.pass_ == "backward")
-    assert not report.early
+    assert not report.early and not report.idle
+
+
+def test_a_barrier_that_is_only_initialised_is_found():
+    lines = [
+        "%full = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable> loc(#l)",
+        "%buffers = ttg.local_alloc : () -> !ttg.memdesc<4x64xf32, #shared, #smem, mutable>",
+        "%full_1 = ttg.memdesc_index %full[%c0] : !ttg.memdesc<2x1xi64> -> !ttg.memdesc<1xi64>",
+        "ttng.init_barrier %full_1, 2 : !ttg.memdesc<1xi64, #shared, #smem, mutable>",
+    ]
+    assert idle_barriers("\n".join(lines)) == ("%full",)
+    assert not idle_barriers("\n".join([*lines, "ttg.warp_specialize(%buffers, %full)"]))
+    assert not idle_barriers("\n".join([*lines, "ttng.wait_barrier %full_1, %phase"]))
 
 
 MEETS, ARRIVES = "\tbar.sync \t2, 128;", "\t@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"

@@ -91,4 +91,15 @@ def test_a_hundred_runs(head_dim, packed, window):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_hundred_runs_on_several_ranks(size, head_dim, packed, exchange):
-    check(size, gpu_transport(size), "cuda", 100, head_dim, LENGTHS, packed, "zigzag", (-1, -1), exchange)
+    check(
+        size,
+        gpu_transport(size),
+        "cuda",
+        100,
+        head_dim,
+        LENGTHS,
+        packed,
+        "zigzag",
+        (-1, -1),
+        exchange,
+    )

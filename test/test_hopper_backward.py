@@ -227,20 +227,28 @@ def test_few_programs_share_out_the_query_heads_of_a_key_head(
 
 
 @pytest.mark.parametrize(
-    ("mask", "heads", "slots"), [(FULL, (2, 1), 1), (CAUSAL, (1, 1), 1), (CAUSAL, (2, 1), 2)]
+    ("mask", "heads", "slots", "apart"),
+    [
+        (FULL, (2, 1), 1, False),
+        (CAUSAL, (1, 1), 1, False),
+        (CAUSAL, (3, 1), 1, True),
+        ((True, (140, 0)), (3, 1), 2, True),
+    ],
 )
-def test_slots_of_dq_are_as_chosen(emulated, monkeypatch, mask, heads, slots):
+def test_slots_and_the_order_of_heads_are_as_chosen(
+    emulated, monkeypatch, mask, heads, slots, apart
+):
     backend, used = emulated(), set()
     fused_launch = hopper_backward._fused_launch
 
     def note(config, *rest):
-        used.add(config.dq_stages)
+        used.add((config.dq_stages, config.heads_apart))
         return fused_launch(config, *rest)
 
     monkeypatch.setattr(hopper_backward, "_fused_launch", note)
     given = inputs(Shape(270, 270, 1, *heads, 128), torch.bfloat16)
     broken = check(backend, mask, "contiguous", 1, given)
-    assert used == {slots} and not broken, "\n".join(broken)
+    assert used == {(slots, apart)} and not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +558,15 @@ BUGS = {
     "keys past the tile": ("offs_n < walk.row_end, ", "offs_n < walk.row_end + 64, "),
     "the band of a query": ("lo, hi = -hi, -lo", "lo, hi = -lo, -hi"),
     "the last block left out": ("(last - first + BLOCK - 1)", "(last - first)"),
-    "one head of the group": ("    head += 1\n", "    head += walk.group\n"),
+    "one head of the group": (
+        "        head += 1\n        if",
+        "        head += walk.group\n        if",
+    ),
+    "one head, where they are apart": (
+        "                head += 1\n",
+        "                head += 0\n",
+    ),
+    "a later head's first entry": ("entry -= walk.end_entry - walk.first_entry", "pass"),
     "one batch": ("(head // heads, out_head //", "(head * 0, out_head //"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "delta in another scale": ("            delta *= program.softmax_scale", "            pass"),
@@ -558,14 +574,16 @@ BUGS = {
 }
 
 
-ORDERS = [(1, 2, None), (2, 3, None), (1, 3, 0), (2, 2, 1)]  # slots of dq and of Q, seed
+# Slots of dq and of Q, whether heads are walked apart, seed.
+ORDERS = [(1, 2, False, None), (2, 3, True, None), (1, 3, True, 0), (2, 2, False, 1)]
 
 
 def planted(emulated, bugs=None):
     """Return what is wrong in a case that all above has a part in, in the first of ORDERS with."""
     given = inputs(Shape(280, 280, 2, 2, 1, 64), torch.bfloat16)
-    for dq_stages, q_stages, seed in ORDERS:
-        config = replace(BACKWARD[64], dq_stages=dq_stages, q_stages=q_stages)
+    for dq_stages, q_stages, apart, seed in ORDERS:
+        slots = {"dq_stages": dq_stages, "q_stages": q_stages}
+        config = replace(BACKWARD[64], **slots, heads_apart=apart)
         try:
             broken = check(emulated(config, bugs, seed), (True, (110, 0)), "zigzag", 2, given)
         except (EmulationError, InterpreterError, AssertionError) as failure:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.attention import Attention
 from ..core.packed import DocumentsStep
+from ..core.plan import Block
 from ..kernels.configs import block_d
 from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
@@ -150,6 +151,7 @@ class HopperStep(NamedTuple):
             programs=n_tiles * k.shape[0] * k.shape[2],
             group=q.shape[2] // k.shape[2],
             full=self._full(),
+            windowed=not documents and _windowed(self.step_plan.blocks),
             head_numbers=0 if documents else q.shape[1] * q.shape[3],
         )
 
@@ -211,6 +213,11 @@ class HopperStep(NamedTuple):
         self._launch(start, side, given)
 
 
+def _windowed(blocks: tuple[Block, ...]) -> bool:
+    """Return whether a band hides keys on both sides of what queries see, in every block."""
+    return all(x.lo > x.k_begin - x.q_end + 1 and x.hi < x.k_end - 1 - x.q_begin for x in blocks)
+
+
 def _arguments(
     inputs: BackwardInputs, side: Side, q_rows: int, with_dq: bool = False, copies: int = 1
 ) -> dict[str, Any]:
@@ -261,6 +268,7 @@ def _fused_launch(
         "DOUT_STAGES": config.dout_stages,
         "DQ_STAGES": config.dq_stages,
         "KEYS_IN_REGISTERS": config.keys_in_registers,
+        "HEADS_APART": config.heads_apart,
         "OTHER_REGISTERS": config.registers[2],
     }
     return _with_registers(_hopper_bwd_kernel, config, arguments)

@@ -24,6 +24,8 @@ class Work(NamedTuple):
         programs: tiles of key rows times key heads times batch.
         group: query heads of a key head.
         full: whether every query sees every key of what it meets.
+        windowed: whether queries see keys between two bounds, so that tiles meet as many blocks
+            each, but others.
         head_numbers: of one head of q that tiles walk together: rows times head dim. 0 for
             documents, of which a tile meets its own alone.
     """
@@ -31,19 +33,27 @@ class Work(NamedTuple):
     programs: int
     group: int
     full: bool
+    windowed: bool
     head_numbers: int
 
 
 @lru_cache(maxsize=256)
 def config_for(config: BackwardConfig, work: Work) -> BackwardConfig:
-    """Return a row with as many slots of dq as a step is fastest with.
+    """Return a row with the order of heads, and as many slots of dq, as a step is fastest with.
 
-    One where a key head has one query head, or where every query sees every key and one head's rows
-    fit in L2; else as many as the row says.
+    Heads together, a tile meets rows of all of them at a time: under a window those of the tiles
+    that run together do not fit in L2. By themselves they do; so they go also under another mask
+    where all of them fit, then with one slot. One slot also where a key head has one query head, or
+    where every query sees every key and one head's rows fit; else as many as the row says.
     """
-    in_l2 = work.head_numbers * _BYTES < L2_BYTES
-    if config.one_dq_stage and (work.group == 1 or (work.full and in_l2)):
-        return replace(config, dq_stages=1)
+    if not config.one_dq_stage:
+        return config
+    head = work.head_numbers * _BYTES
+    if work.windowed:
+        return replace(config, heads_apart=True)
+    masked_in_l2 = 0 < head * work.group <= L2_BYTES and not work.full
+    if work.group == 1 or (work.full and head < L2_BYTES) or masked_in_l2:
+        return replace(config, dq_stages=1, heads_apart=masked_in_l2 and work.group > 1)
     return config
 
 

@@ -23,7 +23,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, produce, write
-from .slots import Blocks, Slots, box_shape, make_blocks, make_box_slots
+from .slots import Blocks, Outlets, Slots, box_shape, make_blocks, make_box_slots, make_outlets
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
 
@@ -91,7 +91,7 @@ class Program:
     statistics: gl.shared_memory_descriptor
     dout: Blocks
     ds: gl.shared_memory_descriptor
-    dq: Slots
+    dq: Outlets
     softmax_scale: gl.tensor
     options: Options
 
@@ -164,6 +164,7 @@ def _hopper_bwd_kernel(
     DOUT_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
     KEYS_IN_REGISTERS: gl.constexpr,
+    HEADS_APART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -188,13 +189,15 @@ def _hopper_bwd_kernel(
     shift = row // (CONSUMERS * ROWS) % n_tiles * rotate
     out_head = head % heads
     tile, met = (row, row_end), (first_entry, end_entry)
-    walk = Walk(entries_ptr, tile, met, shift, n_tiles, out_head * group, group, True, True)
+    walk = Walk(
+        entries_ptr, tile, met, shift, n_tiles, out_head * group, group, True, True, HEADS_APART
+    )
     k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
     v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
     box: gl.constexpr = box_shape(BLOCK_M, BLOCK_D, DOCUMENTS)
     q_slots = make_blocks(Q_STAGES, CONSUMERS, q, box, FIRST_EMPTY, 2)
     dout_slots = make_blocks(DOUT_STAGES, CONSUMERS, dout, box, FIRST_EMPTY + Q_STAGES)
-    dq_slots = make_box_slots(DQ_STAGES, 1, dq, BLOCK_M, BLOCK_D, DOCUMENTS)
+    dq_slots = make_outlets(DQ_STAGES, dq, box)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, BLOCK_M], flat)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)

@@ -23,7 +23,7 @@ from triton.language.core import _aggregate as aggregate
 from .backward_consumer import masked
 from .backward_transfer import Statistics, produce
 from .epilogue import LOG2_E, at_source, store_gradient
-from .slots import Slots, await_full, make_bars, make_box_slots
+from .slots import Inlets, Slots, await_full, make_bars, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
 
@@ -74,7 +74,7 @@ class WideProgram:
     q: Slots
     statistics: gl.shared_memory_descriptor
     dout: Slots
-    p: Slots
+    p: Inlets
     softmax_scale: gl.tensor
     options: WideOptions
 
@@ -264,7 +264,6 @@ def _hopper_dkv_kernel(
     q_slots = make_box_slots(2, 2, q, ROWS, BLOCK_D, DOCUMENTS, 2)
     dout_slots = make_box_slots(2, 2, dout, ROWS, BLOCK_D, DOCUMENTS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], gl.float16)
-    full, empty = make_bars(2, 1)
     p_buffers = gl.allocate_shared_memory(gl.float16, [2, ROWS, ROWS], p_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
@@ -278,7 +277,7 @@ def _hopper_dkv_kernel(
         q_slots,
         statistics,
         dout_slots,
-        Slots(p_buffers, full, empty),
+        Inlets(p_buffers, make_bars(2, 1)),
         softmax_scale,
         WideOptions(HEAD_DIM, BLOCK_D, ADD, DOCUMENTS),
     )

@@ -69,7 +69,10 @@ class BackwardConfig:
         q_stages, dout_stages, dq_stages: blocks of each in shared memory.
         keys_in_registers: hold K and V in registers as left operands of the scores and of dp, which
             saves reading both from shared memory for every block.
-        one_dq_stage: take one of dq where backends/hopper_choice.py finds that faster.
+        one_dq_stage: take one of dq, and heads apart, where backends/hopper_choice.py finds that
+            faster.
+        heads_apart: a tile walks the blocks of one query head after the other's, not a block of all
+            heads after the other.
         rotate: start tiles of full attention at different blocks of queries.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
         wins: whether it is faster than the portable kernels, which run if it is not.
@@ -81,6 +84,7 @@ class BackwardConfig:
     dq_stages: int = 2
     one_dq_stage: bool = False
     keys_in_registers: bool = False
+    heads_apart: bool = False
     rotate: bool = False
     spills: int = 0
     wins: bool = True

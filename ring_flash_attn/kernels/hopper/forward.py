@@ -210,7 +210,6 @@ def _hopper_fwd_kernel(
     v_slots = make_blocks(STAGES, CONSUMERS, v, v_box, FIRST_EMPTY + STAGES)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
-    full, empty = make_bars(2, CONSUMERS)
     fence_async_shared()
     options = Options(
         HEAD_DIM,
@@ -225,7 +224,7 @@ def _hopper_fwd_kernel(
         RESCALE_LATE,
     )
     tables = Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group)
-    items = Slots(numbers, full, empty)
+    items = Slots(numbers, make_bars(2, 1), make_bars(2, CONSUMERS))
     program = Program(tables, items, q_slots, k_slots, v_slots, options)
     outputs = Outputs(out_ptr, result_ptr, lse_ptr, out_strides, lse_stride_batch, lse_stride_head)
     qk_scale = softmax_scale * LOG2_E

@@ -31,11 +31,47 @@ class Slots:
     @gluon.jit
     def await_empty(self, slot, turn):
         """Wait until a slot is free to be filled for the turn-th time."""
-        mbarrier.wait(self.empty.index(slot), turn & 1 ^ 1)
+        _await_turn(self.empty, slot, turn)
 
     @gluon.jit
     def drain(self, count, STAGES: gl.constexpr):
         """As Blocks; mbarriers may be left as they are."""
+
+
+@aggregate
+class Outlets:
+    """Slots with a barrier that one is empty; who fills it says so in another way."""
+
+    buffers: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, buffers, empty):
+        self.buffers = buffers
+        self.empty = empty
+
+    @gluon.jit
+    def release(self, slot):
+        """Say that a slot has been read."""
+        mbarrier.arrive(self.empty.index(slot), count=1)
+
+    @gluon.jit
+    def await_empty(self, slot, turn):
+        """As Slots.await_empty."""
+        _await_turn(self.empty, slot, turn)
+
+
+@aggregate
+class Inlets:
+    """Slots with a barrier that one is full; that it is empty follows from other waits."""
+
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, buffers, full):
+        self.buffers = buffers
+        self.full = full
 
 
 @aggregate
@@ -78,6 +114,11 @@ class Blocks:
 
 
 @gluon.jit
+def _await_turn(empty, slot, turn):
+    mbarrier.wait(empty.index(slot), turn & 1 ^ 1)
+
+
+@gluon.jit
 def arrive_at(barrier, THREADS: gl.constexpr):
     """Arrive at a named barrier as a warpgroup: one of THREADS threads each, without waiting."""
     x = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) * 0 + barrier
@@ -113,8 +154,7 @@ def make_slots(
     WRITERS: arrivals that fill a slot, that of a load's `expect` among them.
     """
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    full, empty = make_bars(N, READERS, WRITERS)
-    return Slots(buffers, full, empty)
+    return Slots(buffers, make_bars(N, WRITERS), make_bars(N, READERS))
 
 
 @gluon.jit
@@ -128,10 +168,7 @@ def make_blocks(
 ):
     """Return N slots for the boxes of a descriptor, emptied by READERS warpgroups."""
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=WRITERS)
-    return Blocks(buffers, full, FIRST, READERS * 128 + 32)
+    return Blocks(buffers, make_bars(N, WRITERS), FIRST, READERS * 128 + 32)
 
 
 @gluon.constexpr_function
@@ -155,14 +192,23 @@ def make_box_slots(
 
 
 @gluon.jit
-def make_bars(N: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
-    """Return the barriers (full, empty) of N slots."""
-    full = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+def make_outlets(N: gl.constexpr, desc, BLOCK: gl.constexpr):
+    """Return N slots for the boxes of a descriptor, emptied by one partition."""
+    buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
+    return Outlets(buffers, make_bars(N, 1))
+
+
+@gluon.jit
+def make_bars(N: gl.constexpr, COUNT: gl.constexpr):
+    """Return N barriers of COUNT arrivals each. Somebody must use every one.
+
+    Triton gives the memory of others to something else, and the hardware still takes it for a
+    barrier: when another process has had the GPU for a while, it comes back changed.
+    """
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
-        mbarrier.init(full.index(i), count=WRITERS)
-        mbarrier.init(empty.index(i), count=READERS)
-    return full, empty
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
 
 
 @gluon.jit

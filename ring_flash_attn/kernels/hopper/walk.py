@@ -15,6 +15,7 @@ class Walk:
 
     Each block is that of `group` heads from first_head on, one after the other: tiles that start
     with the same block stay together through all heads, whatever number of blocks each one meets.
+    APART: each head is walked by itself, for tiles that meet the same number of blocks, but others.
 
     DOWN: an entry's blocks come from the last to the first. Under a causal mask all tiles of keys
     meet the last query, so programs that start together read the same blocks.
@@ -33,9 +34,22 @@ class Walk:
     group: gl.tensor
     KEYS: gl.constexpr
     DOWN: gl.constexpr
+    APART: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, entries_ptr, rows, entries, shift, n_tiles, first_head, group, KEYS, DOWN):
+    def __init__(
+        self,
+        entries_ptr,
+        rows,
+        entries,
+        shift,
+        n_tiles,
+        first_head,
+        group,
+        KEYS,
+        DOWN,
+        APART=False,
+    ):
         self.entries_ptr = entries_ptr
         self.row, self.row_end = rows
         self.first_entry, self.end_entry = entries
@@ -45,6 +59,7 @@ class Walk:
         self.group = group
         self.KEYS = gl.constexpr(KEYS)
         self.DOWN = gl.constexpr(DOWN)
+        self.APART = gl.constexpr(APART)
 
 
 @gluon.jit
@@ -101,15 +116,28 @@ def column(walk, place, BLOCK: gl.constexpr):
 
 @gluon.jit
 def next_place(walk, place, BLOCK: gl.constexpr):
-    """Return the place after this one; after a block's last head the next block, then entry."""
+    """Return the place after this one; after a block's last head the next block, then entry.
+
+    APART: after a head's last block its next entry, then the next head.
+    """
     head, entry, index, columns = place
-    head += 1
-    if head == walk.first_head + walk.group:
-        # Computed, not set to 0: Triton 3.6 does not carry constants.
-        head -= walk.group
+    # Computed, not set to constants: Triton 3.6 does not carry those.
+    if walk.APART:
         index += 1
         if index == columns[4]:
             index -= columns[4]
             entry += 1
+            if entry == walk.end_entry:
+                entry -= walk.end_entry - walk.first_entry
+                head += 1
             columns = load_columns(walk, entry, BLOCK)
+    else:
+        head += 1
+        if head == walk.first_head + walk.group:
+            head -= walk.group
+            index += 1
+            if index == columns[4]:
+                index -= columns[4]
+                entry += 1
+                columns = load_columns(walk, entry, BLOCK)
     return head, entry, index, columns
