@@ -5,6 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+
+# Read when torch and numpy are imported; ranks that tests start inherit it. Small tensors gain
+# nothing from threads, which wait for each other spinning where other processes run tests beside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from quick_interpreter import quicken
