@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..core.attention import Attention
 from ..core.packed import DocumentsStep
-from ..core.plan import Block
 from ..kernels.configs import block_d
 from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
@@ -151,7 +150,7 @@ class HopperStep(NamedTuple):
             programs=n_tiles * k.shape[0] * k.shape[2],
             group=q.shape[2] // k.shape[2],
             full=self._full(),
-            windowed=not documents and _windowed(self.step_plan.blocks),
+            windowed=_windowed(self.step_plan),
             head_numbers=0 if documents else q.shape[1] * q.shape[3],
         )
 
@@ -213,9 +212,12 @@ class HopperStep(NamedTuple):
         self._launch(start, side, given)
 
 
-def _windowed(blocks: tuple[Block, ...]) -> bool:
+def _windowed(step: Step) -> bool:
     """Return whether a band hides keys on both sides of what queries see, in every block."""
-    return all(x.lo > x.k_begin - x.q_end + 1 and x.hi < x.k_end - 1 - x.q_begin for x in blocks)
+    if isinstance(step, DocumentsStep):
+        return False
+    bands = ((x, x.k_begin - x.q_end + 1, x.k_end - 1 - x.q_begin) for x in step.blocks)
+    return all(lowest < x.lo and x.hi < highest for x, lowest, highest in bands)
 
 
 def _arguments(
