@@ -41,7 +41,7 @@ def empty_is_nan() -> Iterator[None]:
 # Files that take minutes, longest first: they start first, or one of two processes would end up
 # waiting for the other's.
 LONGEST = (
-    "test_hopper_backward",
+    "test_hopper_backward_bugs",
     "test_packed_forms",
     "test_packed_triton",
     "test_triton_kernels",
