@@ -16,12 +16,15 @@ pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 
 ZIGZAG, CONTIGUOUS = pair("zigzag"), pair("contiguous")
-READY = "            transport.take(pull, (owner,), Channel.KV_READY)\n"
+READY = "        transport.take(pull, owners, Channel.KV_READY)\n"
 FETCH = (
+    "        for hop, owner in zip(hops, owners, strict=True):\n"
+    "            rows = self._traffic.pulls[hop]\n"
+    "            assert rows is not None\n"
     "            for target, source in self._buffers.pieces(self._slots[hop], owner, rows):\n"
     "                transport.copy(pull, target, source)\n"
 )
-FREED = "            transport.signal(pull, (owner,), Channel.KV_FREE)\n"
+FREED = "        transport.signal(pull, owners, Channel.KV_FREE)\n"
 SUM = "        self._transport.compute(lambda: sum_shares(result, own, shares))\n"
 MUTATIONS = {
     # name: (what is in the source, what it becomes, a program that must notice, ranks, whether
@@ -58,6 +61,13 @@ MUTATIONS = {
         "",
         partial(train, ZIGZAG),
         4,
+    ),
+    "K, V of every source of a launch are staged": (
+        READY,
+        READY.replace("owners", "owners[:1]"),
+        partial(train, ZIGZAG),
+        5,
+        True,
     ),
     "several sources have arrived": (
         "        self._transport.wait(self._compute, self._pulled[index])\n",

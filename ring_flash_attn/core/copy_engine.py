@@ -200,13 +200,16 @@ class CopyEngineExchange:
         transport, pull = self._transport, self._transport.pull_stream
         if index >= AHEAD:
             transport.wait(pull, self._read[index - AHEAD])
-        for hop in self._rounds[index]:
-            rows, owner = self._traffic.pulls[hop], self._traffic.source(hop)
+        hops = self._rounds[index]
+        owners = tuple(self._traffic.source(hop) for hop in hops)
+        # At once for all sources of a launch, which needs them all: one call of the driver each.
+        transport.take(pull, owners, Channel.KV_READY)
+        for hop, owner in zip(hops, owners, strict=True):
+            rows = self._traffic.pulls[hop]
             assert rows is not None
-            transport.take(pull, (owner,), Channel.KV_READY)
             for target, source in self._buffers.pieces(self._slots[hop], owner, rows):
                 transport.copy(pull, target, source)
-            transport.signal(pull, (owner,), Channel.KV_FREE)
+        transport.signal(pull, owners, Channel.KV_FREE)
         self._pulled.append(transport.record(pull))
 
     def _share(self, hop: int) -> tuple[Tensor, Tensor]:
