@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import oracle
+from quick_interpreter import quicken
 from ring_flash_attn import triton_flash_attn_backward, triton_flash_attn_forward
 
 ON_GPU = torch.cuda.is_available()
@@ -72,6 +73,8 @@ def check_two_ranks() -> int:
 
 def main() -> int:
     start = time.monotonic()
+    if not ON_GPU:
+        quicken()
     where = torch.cuda.get_device_name() if ON_GPU else "no GPU: CPU, Triton's interpreter"
     print(f"quick test of the Triton kernels on {where}\none device:")
     wrong = [text for dtype in (torch.float32, torch.bfloat16) for text in check_one_device(dtype)]
