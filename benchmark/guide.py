@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import rows
+from predict import RUNS, predicted_table, predictions
 from report import (
     best_peers,
     case_name,
@@ -58,6 +59,16 @@ call; tables of documents are filled before. Errors of long cases are those of t
 PACKED = """`one` is one document of P x L tokens; `stated` as many tokens in documents of 128 to
 16384 tokens: log-uniform, seed 0, multiples of 2P. FLOPs are those of each document's own pairs.
 `llama3` gathers K and V; the other layouts send them round the ring.
+"""
+PREDICTED = """No host with 8 GPUs has run this yet. At a fixed length a rank each further rank
+adds a hop to causal zigzag: as many pairs as any other hop and as large a message, over links that
+every GPU has for itself. So the time is a line in P, and the rows of 2 and of 4 GPUs give it:
+t(8) = t(4) + 2 (t(4) - t(2)), each a median over the runs {runs}. "4 from 1 and 2" is what such a
+line through one GPU's kernel and 2 GPUs says of 4, which are measured. Of the kernel: the kernel on
+one GPU, for 8 times the work, over the prediction. `benchmark/predict.py` computes it. To measure
+it: `torchrun --nproc_per_node 8 benchmark/benchmark_comparison.py --exchanges ring copy-engine
+--local-lengths 8192 32768 --csv benchmark/results/ring.csv`; for documents the same with `--packed
+batch one stated`.
 """
 TROUBLE = {
     "everything is slower by the same factor": (
@@ -111,6 +122,10 @@ def render(kernel_rows: list[Row], ring_rows: list[Row], pictures: str) -> str:
         for run in rings:
             parts += [f"{_origin(run)}\n", *_rings(run)]
         parts.append(f"![TFLOP/s per GPU of the rings]({pictures}/ring.svg)\n")
+    predicted = predictions(ring_rows)
+    if predicted:
+        parts.append(f"### Eight GPUs, predicted\n\n{PREDICTED.format(runs=', '.join(RUNS))}")
+        parts.append(_markdown(*predicted_table(predicted)))
     if packed:
         parts += [f"### Packed\n\n{_origin(packed)}\n", PACKED, *_rings(packed)]
         parts.append(f"![TFLOP/s per GPU of packed documents]({pictures}/packed.svg)\n")

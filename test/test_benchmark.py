@@ -53,9 +53,10 @@ def ring_row(**changes) -> dict:
     return row | {"tflops_per_gpu": 4.0, "share_of_kernel": 0.5} | changes
 
 
-def compare(path: Path, *given: str) -> tuple[str, list[dict[str, str]]]:
-    """Run the comparison on two ranks, small; return what it printed and the rows it wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def compare(path: Path, *given: str, ranks: int = 2) -> tuple[str, list[dict[str, str]]]:
+    """Run the comparison, small; return what it printed and the rows it wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}"]
     command += [str(FOLDER / "benchmark_comparison.py"), "--csv", str(path), "--run-id", "r1"]
     command += ["--tree", "t1", "--commit", "c1", "--local-lengths", "16", "--repeats", "2"]
     command += ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--allow-shared-gpus"]
@@ -93,6 +94,12 @@ def test_comparison_writes_a_row_for_each_implementation_and_pass(compared):
         assert mask == ["1", "-1:-1", "0", "bf16"]
         assert (row["gpu"] == "cpu") != ON_GPU
         assert (row["peak_gib"] == "") != ON_GPU
+
+
+def test_comparison_takes_eight_ranks(tmp_path):
+    given = "--layouts", "zigzag", "--implementations", "native-aten", "--no-errors"
+    _, found = compare(tmp_path / "ring.csv", *given, ranks=8)
+    assert {(row["world_size"], row["pass"]) for row in found} == {("8", "fwd"), ("8", "fwd_bwd")}
 
 
 def test_comparison_writes_sane_values(compared):

@@ -269,6 +269,14 @@ def test_comparison_passes_on_two_ranks():
             assert [of_packed.count(layout) for layout in PACKED_LAYOUTS] == [len(TENSORS)] * 4
 
 
+def test_comparison_passes_on_eight_ranks():
+    layouts = "--layouts", "zigzag", "--packed-layouts", "zigzag"
+    small = "--global-length", "64", "--head-dim", "16", "--no-speed", "--masks", "causal"
+    result = run(8, *small, *layouts)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "8 ranks" in result.stdout and "PASSED: every bound holds." in result.stdout
+
+
 def test_comparison_passes_against_flash_attention():
     result = run(2, *SMALL, "--truth", "flash", "--masks", "causal", "--packed-layouts", "zigzag")
     assert result.returncode == 0, result.stdout + result.stderr
