@@ -75,9 +75,7 @@ def predictions(
     """Return a prediction for every case that has rows of 2 and of 4 GPUs, in order of length."""
     cases: dict[tuple, dict[int, list[Row]]] = {}
     for row in ring_rows:
-        given = (row["packing"] or "batch", row["graph"], row["queued"] or "0")
-        given += row["causal"], row["window"]
-        if row["run"] not in runs or given != tuple(GIVEN.values()):
+        if row["run"] not in runs or any((row[x] or y) != y for x, y in GIVEN.items()):
             continue
         if "shared" in row["gpu"] or not row["share_of_kernel"]:
             continue

@@ -225,20 +225,23 @@ def errors(got: Tensor, want: Tensor) -> Errors:
     return Errors(float(difference.abs().max()), norm / math.sqrt(difference.numel()), relative)
 
 
-def beyond_bound(got: Result, want: Result, in_dtype: Result) -> list[str]:
+def beyond_bound(
+    got: Result, want: Result, in_dtype: Result, names: tuple[str, ...] = Result._fields
+) -> list[str]:
     """Return what breaks error(got) <= 2 * error(in_dtype) + 1e-5, as sentences; empty if nothing.
 
     Args:
         want: the float64 truth. in_dtype: `dense_in_dtype` of the same inputs. Both the largest
             and the root mean square error are held to the bound.
+        names: of the tensors to hold to it.
     """
     broken = []
-    for name in Result._fields:
+    for name in names:
         ours = errors(getattr(got, name), getattr(want, name))
         yardstick = errors(getattr(in_dtype, name), getattr(want, name))
         for measure in ("max_abs", "rmse"):
             error, bound = getattr(ours, measure), 2 * getattr(yardstick, measure) + 1e-5
-            if error > bound:
+            if not error <= bound:
                 broken.append(f"{name}: {measure} error {error:.3e} exceeds {bound:.3e}")
     return broken
 

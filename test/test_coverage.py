@@ -24,7 +24,7 @@ import timing  # noqa: E402
 from packed_rings import packed_truth  # noqa: E402
 
 from ring_flash_attn.core.attention import Attention  # noqa: E402
-from test_benchmark import kernel_row  # noqa: E402
+from test_guide import kernel_row  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 # Triton 3.6's interpreter reads loop bounds so.

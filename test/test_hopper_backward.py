@@ -12,7 +12,7 @@ from triton.runtime.errors import InterpreterError
 
 import oracle
 from gluon_emulator import EmulationError
-from hopper_backward_cases import CAUSAL, FULL, check, emulation, wrong
+from hopper_backward_cases import CAUSAL, FULL, MARKS, check, emulation, wrong
 from ring_flash_attn.backends import hopper, hopper_backward
 from ring_flash_attn.backends.base import GradTarget, Saved, TargetOnRequest
 from ring_flash_attn.backends.work import backward_inputs
@@ -23,12 +23,7 @@ from ring_flash_attn.core.plan import plan_local, plan_ring
 from ring_flash_attn.kernels.hopper.configs import BACKWARD, WIDE
 from simulated_ring import SCALE, Shape, inputs, mask_id, poisoned, truth, zero
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(not hopper.SUPPORTED, reason="made for Triton 3.6"),
-    # Triton's interpreter, which runs the kernels beside it.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

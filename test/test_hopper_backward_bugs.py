@@ -7,17 +7,11 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from gluon_emulator import EmulationError
-from hopper_backward_cases import check, emulation
-from ring_flash_attn.backends import hopper
+from hopper_backward_cases import MARKS, check, emulation
 from ring_flash_attn.kernels.hopper.configs import BACKWARD
 from simulated_ring import Shape, inputs
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(not hopper.SUPPORTED, reason="made for Triton 3.6"),
-    # Triton's interpreter, which runs the kernels beside it.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

@@ -6,19 +6,13 @@ import pytest
 import torch
 
 import oracle
-from hopper_backward_cases import CAUSAL, FULL, GRADIENTS, emulation, wrong
-from ring_flash_attn.backends import hopper
+from hopper_backward_cases import CAUSAL, FULL, GRADIENTS, MARKS, emulation, wrong
 from ring_flash_attn.backends.base import GradTarget
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from simulated_ring import SCALE, Shape, inputs, poisoned, truth
 
-pytestmark = [
-    pytest.mark.kernel,
-    pytest.mark.skipif(not hopper.SUPPORTED, reason="made for Triton 3.6"),
-    # Triton's interpreter, which runs the kernels beside it.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

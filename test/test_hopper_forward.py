@@ -85,15 +85,8 @@ def attend(backend, mask, layout, size, given):
 
 def wrong(out, lse, want, dense):
     """Return what is beyond the bound of 16-bit results, in words."""
-    found = []
-    for name, got in (("out", out), ("lse", lse)):
-        ours = oracle.errors(got, getattr(want, name))
-        allowed = oracle.errors(getattr(dense, name), getattr(want, name))
-        for measure in ("max_abs", "rmse"):
-            error, bound = getattr(ours, measure), 2 * getattr(allowed, measure) + 1e-5
-            if not error <= bound:
-                found.append(f"{name} {measure} {error} > {bound}")
-    return found
+    got = want._replace(out=out, lse=lse)
+    return oracle.beyond_bound(got, want, dense, ("out", "lse"))
 
 
 def check(backend, mask, layout, size, given):
