@@ -42,9 +42,12 @@ GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
     ForwardConfig: {
         "consumers": (2, 3),
         "block_n": (64, 128),
-        "stages": (1, 2),
+        "k_stages": (1, 2),
+        "v_stages": (2, 3),
         "ping_pong": (False, True),
         "rescale_late": (False, True),
+        "q_columns": (0, 128),
+        "shuffles": (False, True),
     },
     BackwardConfig: {
         "block_m": (64, 128),
@@ -53,7 +56,7 @@ GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
         "dq_stages": (1, 2),
         "rotate": (False, True),
     },
-    WideConfig: {"stages": (2, 3, 4)},
+    WideConfig: {"stages": (2, 3, 4), "query_columns": (0, 64)},
 }
 
 

@@ -15,7 +15,7 @@ from ring_flash_attn.kernels.hopper.configs import BackwardConfig, ForwardConfig
 
 WIDTH = 100  # columns, as ruff formats
 # How many fields of a row are written without their names.
-POSITIONAL = {LaunchConfig: 4, ForwardConfig: 3, BackwardConfig: 0, WideConfig: 0}
+POSITIONAL = {LaunchConfig: 4, ForwardConfig: 2, BackwardConfig: 0, WideConfig: 0}
 TABLES = {
     LaunchConfig: "_ROWS",
     ForwardConfig: "FORWARD",
@@ -47,8 +47,7 @@ def write(of: Target, best: Verdict, spills: int, shape: str, gpu: str, date: st
         speed = round(best.tflops["causal"])
         config = replace(config, spills=spills, tflops=speed, gpu=gpu_name(gpu), date=date)
     else:
-        if not isinstance(config, ForwardConfig):
-            config = replace(config, spills=spills)
+        config = replace(config, spills=spills)
         speeds = " / ".join(f"{x:.0f}" for x in best.tflops.values())
         masks = " / ".join(best.tflops)
         comment = f"{speeds} TFLOP/s {masks} ({shape}), {gpu_name(gpu)}, {date}."

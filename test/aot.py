@@ -200,9 +200,12 @@ def _compile_hopper(job: Job):
         "DOCUMENTS": job.documents,
         "ONE_ENTRY": job.one_entry,
         "CONSUMERS": config.consumers,
-        "STAGES": config.stages,
+        "K_STAGES": config.k_stages,
+        "V_STAGES": config.v_stages,
         "PING_PONG": config.ping_pong,
         "RESCALE_LATE": config.rescale_late,
+        "Q_COLUMNS": config.q_columns,
+        "SHUFFLES": config.shuffles,
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }
@@ -257,6 +260,7 @@ def _compile_hopper_backward(job: Job):
         "BLOCK_M": job.block_m,
     }
     fields = "stages", "q_stages", "dout_stages", "dq_stages", "keys_in_registers", "heads_apart"
+    fields += ("query_columns",)
     for name in fields:
         constants[name.upper()] = getattr(config, name, None)
     if not job.merged:

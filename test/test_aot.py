@@ -116,7 +116,7 @@ def hopper() -> list[Job]:
     for head_dim, dtype, adds, documents, one_entry in forms:
         config = forward_config(head_dim)
         assert config is not None
-        tile = config.block_m, config.block_n, 4, config.stages
+        tile = config.block_m, config.block_n, 4, config.k_stages
         jobs.append(
             Job("forward", 90, head_dim, dtype, *tile, True, adds, documents, one_entry=one_entry)
         )
@@ -223,7 +223,7 @@ def test_borrowed_rows(job: Job):
 def test_hopper_rows(job: Job):
     report, config = reports()[job], forward_config(job.head_dim)
     assert not report.error
-    assert config is not None and not report.spills
+    assert config is not None and report.spills <= config.spills
     assert not report.serialized
     assert report.shared <= shared_memory(job.arch)
     assert report.registers == config.registers[0]

@@ -143,7 +143,7 @@ def test_slots_and_the_order_of_heads_are_as_chosen(
 @pytest.mark.parametrize(
     ("fragment", "instead"),
     [
-        ("out_head // copies,", "out_head,"),
+        ("head // heads, out_head // copies", "head // heads, out_head"),
         ("out_head * group, group,", "out_head // copies * group, group,"),
     ],
 )

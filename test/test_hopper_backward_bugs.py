@@ -79,6 +79,7 @@ BUGS = {
     "halves of even rows swapped": ("rows % 2 == 1", "rows % 2 == 0"),
     "a layout without the swap": ("[1, 4 ^ 16]", "[1, 4]"),
     "a layout without the swizzle": ("[2, 8], [4, 16]", "[2, 0], [4, 0]"),
+    "keys of the first consumer for both": ("row = walk.row + c * ROWS", "row = walk.row"),
     "mask a row too wide": ("(hi - lo + 1)", "(hi - lo + 2)"),
     "no mask on the left": ("(start < last + lo) | ", ""),
     "no mask on the right": (" | (start + BLOCK_M - 1 > row + hi)", ""),
@@ -94,7 +95,7 @@ BUGS = {
         "                head += 0\n",
     ),
     "a later head's first entry": ("entry -= walk.end_entry - walk.first_entry", "pass"),
-    "one batch": ("(head // heads, out_head //", "(head * 0, out_head //"),
+    "one batch": ("batch, key_head = head // heads,", "batch, key_head = head * 0,"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "delta in another scale": ("            delta *= program.softmax_scale", "            pass"),
     "a row that saw nothing": ('lse == float("-inf"), float("inf"),', "lse != lse, 0.0,"),
@@ -137,6 +138,8 @@ NEXT_DOUT = (
     "            program.dout.release(previous)\n",
     "            await_full(program.dout, slot, t // 2)\n",
 )
+DK_DONE = "        dk = warpgroup_mma_wait(1, [dk])\n"
+RELEASE_Q = "        if t > 0:\n            program.q.release(previous)\n"
 WIDE_BUGS = {
     "no wait for p": ("dkv", "        await_full(program.p, slot, t // 2)\n", ""),
     "p in another unit": ("dkv", "dv * P_UNIT", "dv"),
@@ -147,6 +150,11 @@ WIDE_BUGS = {
         "dkv",
         "            program.q.release(previous)\n",
         "            pass\n",
+    ),
+    "Q given back before its product": (
+        "dkv",
+        DK_DONE + RELEASE_Q,
+        RELEASE_Q + DK_DONE,
     ),
     "K given back before its product": ("dq", WAIT_DQ + RELEASE_K, RELEASE_K + WAIT_DQ),
     "V never given back": ("dq", "        program.kv.release(v_slot)\n", ""),

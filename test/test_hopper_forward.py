@@ -4,6 +4,7 @@ What the emulator cannot know (layouts, registers, the hardware) test_aot.py and
 sm_90 every other test of the Triton backend runs this kernel.
 """
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -142,15 +143,18 @@ def test_every_option_in_any_order(emulated, consumers, rescale_late, ping_pong,
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_any_number_of_stages(emulated, stages):
-    config = replace(FORWARD[64], block_n=64, stages=stages)
+@pytest.mark.parametrize(("k_stages", "v_stages"), [(1, 1), (2, 2), (2, 3), (3, 2)])
+def test_any_number_of_stages(emulated, k_stages, v_stages):
+    config = replace(FORWARD[64], block_n=64, k_stages=k_stages, v_stages=v_stages)
     assert not check(emulated(config), CAUSAL, "contiguous", 1, inputs(SMALL, torch.bfloat16))
 
 
 BUGS = {
-    "no wait for K": ("    await_full(program.k, slot, count // STAGES)\n", ""),
-    "no wait for V": ("    await_full(program.v, previous, (count - 1) // STAGES)\n", ""),
+    "no wait for K": ("    await_full(program.k, slot, count // K_STAGES)\n", ""),
+    "no wait for V": (
+        "    await_full(program.v, previous, (count - 1) // V_STAGES)\n",
+        "",
+    ),
     "no wait for Q": ("        await_full(program.q, CONSUMER, tile)\n", ""),
     "V released before its product": (
         "    s = warpgroup_mma_wait(1, [s])\n",
@@ -164,14 +168,28 @@ BUGS = {
     "no turn given at the start": ("        _give_turn(FIRST_TURN)\n", "        pass\n"),
     "a turn given and not taken": ("        meet(FIRST_TURN)  #", "        pass  #"),
     "no rescaling": ("        acc = _rescale(acc, alpha)\n    return", "        pass\n    return"),
-    "first block counted twice": ("count, 1, band, offs_m", "count, 0, band, offs_m"),
+    "first block counted twice": ("begin + 1, band, offs_m", "begin, band, offs_m"),
+    "a block too many passed over": (
+        "+ BLOCK - 1) // BLOCK\n    unseen",
+        "- 1) // BLOCK\n    unseen",
+    ),
+    "a block passed over and not counted": (
+        "        program.v.release(count % V_STAGES)\n        count += 1\n",
+        "        program.v.release(count % V_STAGES)\n",
+    ),
+    "V of a block passed over kept": ("        program.v.release(count % V_STAGES)\n", ""),
+    "K of a block passed over kept": (
+        "        program.k.release(count % K_STAGES)\n        if",
+        "        if",
+    ),
+    "the turn of a block passed over not taken": ("            meet(FIRST_TURN + CONSUMER)\n", ""),
     "mask a column too wide": ("minimum(offs_m + hi + 1,", "minimum(offs_m + hi + 2,"),
     "full blocks begin too early": ("(full_first - first + BLOCK - 1)", "(full_first - first)"),
     "a row too many stored": ("mask = (rows < row_end)", "mask = (rows < row_end + 1)"),
     "old state forgotten": ("        old_weight = old / total_safe\n", ""),
     "heads of one batch only": ("(outputs, head // tables.heads, head", "(outputs, head * 0, head"),
     "state not waited for": (
-        "            await_full(slots, slot, count // STAGES)\n            if",
+        "            await_full(slots, slot, count // slots.STAGES)\n            if",
         "            if",
     ),
     "state of other rows": ("row + PIECE // PIECES * ROWS, PIECE", "row, PIECE"),
@@ -209,6 +227,44 @@ def test_the_case_of_the_planted_bugs_is_right_without_one(emulated):
     config = replace(FORWARD[64], consumers=2, block_n=64, ping_pong=True)
     given = inputs(Shape(612, 612, 2, 2, 1, 64), torch.bfloat16)
     assert not check(emulated(config), (True, (150, 0)), "zigzag", 2, given)
+
+
+def test_blocks_are_passed_over_that_no_row_sees():
+    tiles = load_module(SOURCE.with_name("tiles.py"))
+    draw = random.Random(0)
+    passed = 0
+    for _ in range(4000):
+        block, consumers = draw.choice([(64, 2), (128, 2), (128, 3)])
+        row, tall = 64 * draw.randrange(6), 64 * consumers
+        row_end = min(row + tall, row + draw.randrange(1, tall + 70))
+        begin, columns = draw.randrange(200), draw.randrange(1, 700)
+        lo = draw.choice([-(1 << 20), draw.randrange(-400, 100)])
+        hi = draw.choice([1 << 20, draw.randrange(max(lo, -400), 400)])
+        band = band_of(row, row_end, begin, begin + columns, lo, hi, block)
+        order = [tiles.block_start(band, i, block) for i in range(band[6] + band[7])]
+        assert sorted(order) == [band[0] + i * block for i in range(len(order))]
+        for first in range(row, row + tall, 64):
+            n = int(tiles.unseen_blocks(band, first, row_end, 64, block))
+            assert 0 <= n <= max(len(order) - 1, 0)
+            rows = range(first, min(first + 64, row_end))
+            for start in order[:n]:
+                seen = range(start, min(start + block, band[1]))
+                assert not any(lo <= c - r <= hi for r in rows for c in (seen[0], seen[-1]))
+                passed += 1
+            # Full blocks come last, and the last block is never passed over.
+            if n + 1 < len(order) and n < band[7] - band[5] and rows:
+                assert order[n] <= rows[-1] + hi
+    assert passed > 1000
+
+
+def band_of(row, row_end, begin, end, lo, hi, block):
+    """Return what load_band of kernels/hopper/tiles.py returns."""
+    first, last = max(begin, row + lo), min(end, row_end + hi)
+    full_first, full_last = max(first, row_end - 1 + lo), min(last, row + hi + 1)
+    n_blocks = -(-max(last - first, 0) // block)
+    n_left = min(-((first - full_first) // block), n_blocks)
+    n_full = max(max(full_last - first, 0) // block - n_left, 0)
+    return first, last, end, lo, hi, n_left, n_full, n_blocks - n_full
 
 
 LENGTHS = (130, 2, 200, 66)

@@ -19,7 +19,7 @@ ROWS = [
     ((90, 64, "bfloat16", "dkv"), LaunchConfig(64, 64, 8, 3, True, 4, 400, "H100", "2026-12-01")),
     ((90, 128, "bfloat16", "dkv"), LaunchConfig(64, 64, 8, 3, tma=True)),
     ((100, 128, "bfloat16", "dq"), LaunchConfig(64, 64, 8, 3, tma=True)),
-    (64, ForwardConfig(2, 128, 1, ping_pong=False, rescale_late=True)),
+    (64, ForwardConfig(2, 128, 1, 2, ping_pong=False, rescale_late=True)),
     (128, BackwardConfig(128, 1, 1, 1, rotate=True, spills=100, wins=False)),
     (256, WideConfig(stages=2, spills=4)),
 ]
@@ -52,7 +52,7 @@ def test_rewriting_changes_the_row_and_nothing_else(key, config, tmp_path: Path)
 
 def test_a_source_without_the_table_is_an_error():
     with pytest.raises(ValueError, match="FORWARD"):
-        launch_table.rewritten("FORWARD = dict()\n", 64, ForwardConfig(2, 64, 1, True))
+        launch_table.rewritten("FORWARD = dict()\n", 64, ForwardConfig(2, 64, 1, 1, True))
 
 
 def evaluated(source: str) -> dict:

@@ -103,9 +103,12 @@ def forward_launch(
         "DOCUMENTS": documents,
         "ONE_ENTRY": one_entry,
         "CONSUMERS": config.consumers,
-        "STAGES": config.stages,
+        "K_STAGES": config.k_stages,
+        "V_STAGES": config.v_stages,
         "PING_PONG": config.ping_pong,
         "RESCALE_LATE": config.rescale_late,
+        "Q_COLUMNS": config.q_columns,
+        "SHUFFLES": config.shuffles,
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
     }

@@ -286,6 +286,7 @@ def _wide_dq_launch(config: WideConfig, inputs: BackwardInputs, dq: Like, add: b
         "dq_strides": _strides_of_batches(dq),
         "ADD": add,
         "STAGES": config.stages,
+        "QUERY_COLUMNS": config.query_columns,
         "PRODUCER_REGISTERS": config.registers[2],
     }
     return _with_registers(_hopper_dq_kernel, config, arguments)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
-from .backward_transfer import Statistics, produce, write
+from .backward_transfer import Statistics, load_keys, produce, write
 from .slots import Blocks, Outlets, Slots, box_shape, make_blocks, make_box_slots, make_outlets
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
@@ -203,6 +203,9 @@ def _hopper_bwd_kernel(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     ds = gl.allocate_shared_memory(q.dtype, [CONSUMERS * CONSUMERS, ROWS, BLOCK_M], ds_layout)
     fence_async_shared()
+    batch, key_head = head // heads, out_head // copies
+    load_keys(walk, batch, key_head, k, k_slots, CONSUMERS, DOCUMENTS)
+    load_keys(walk, batch, key_head, v, v_slots, CONSUMERS, DOCUMENTS)
     options = Options(
         HEAD_DIM,
         BLOCK_D,
@@ -216,7 +219,7 @@ def _hopper_bwd_kernel(
     )
     program = Program(
         walk,
-        (head // heads, out_head // copies, out_head),
+        (batch, key_head, out_head),
         count_blocks(walk, BLOCK_M) * group,
         k_slots,
         v_slots,
@@ -239,7 +242,7 @@ def _hopper_bwd_kernel(
         [
             (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, offsets_ptr, span, 0)),
             (consume, (program, dk_ptr, dv_ptr, dk_strides, dv_strides, offsets_ptr, span, 1)),
-            (produce, (program, rows, q, k, v, dout)),
+            (produce, (program, rows, q, dout)),
             (write, (program, dq)),
         ],
         [4, 1, 1],

@@ -57,20 +57,20 @@ class Statistics:
 
 
 @gluon.jit
-def _load_keys(program, desc, slots):
-    """Load the tile's rows of K or of V."""
-    walk = program.walk
-    for c in gl.static_range(program.options.KEY_TILES):
-        row = walk.row + c * ROWS
-        place = box_at(
-            program.batch, program.key_head, row, walk.row_end, 0, program.options.DOCUMENTS
-        )
-        load(desc, place, slots, c, 0)
+def load_keys(walk, batch, head, desc, slots, TILES: gl.constexpr, DOCUMENTS: gl.constexpr):
+    """Load the tile's rows of K or of V, if it meets anything.
+
+    Before the partitions begin and before the entries are read, which would take as long again.
+    """
+    if walk.first_entry < walk.end_entry:
+        for c in gl.static_range(TILES):
+            row = walk.row + c * ROWS
+            load(desc, box_at(batch, head, row, walk.row_end, 0, DOCUMENTS), slots, c, 0)
 
 
 @gluon.jit
-def produce(program, statistics, q, k, v, dout):
-    """Load K and V, and of every block Q, lse, delta and dout, in the order the consumers walk.
+def produce(program, statistics, q, dout):
+    """Load of every block Q, lse, delta and dout, in the order the consumers walk.
 
     p comes out as 2**P_SHIFT p = p / P_UNIT: lse is handed on less P_SHIFT, delta times P_UNIT.
     """
@@ -80,8 +80,6 @@ def produce(program, statistics, q, k, v, dout):
     DOUT_STAGES: gl.constexpr = program.options.DOUT_STAGES
     DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    if program.total > 0:
-        _load_keys(program, k, program.k)
     place = begin_walk(walk, BLOCK_M)
     for t in range(program.total):
         head, end, row = place[0], place[3][1], column(walk, place, BLOCK_M)
@@ -98,8 +96,6 @@ def produce(program, statistics, q, k, v, dout):
             delta *= program.options.P_UNIT
         program.statistics.index(Q_STAGES + slot).store(delta)
         mbarrier.arrive(program.q.full.index(slot), count=1)
-        if t == 0:
-            _load_keys(program, v, program.v)
         load(dout, box, program.dout, t % DOUT_STAGES, t // DOUT_STAGES)
         place = next_place(walk, place, BLOCK_M)
     program.q.drain(program.total, Q_STAGES)

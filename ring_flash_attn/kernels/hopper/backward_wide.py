@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import masked
-from .backward_transfer import Statistics, produce
+from .backward_transfer import Statistics, load_keys, produce
 from .epilogue import LOG2_E, at_source, store_gradient
 from .slots import Inlets, Slots, await_full, make_bars, make_box_slots
 from .tiles import Tables, load_work
@@ -152,7 +152,11 @@ def _consume_p(program, dv_ptr, dv_strides):
 
 @gluon.jit
 def _consume_ds(program, dk_ptr, dk_strides):
-    """Compute ds and dk. The product of a block's ds runs beside the next block's arithmetic."""
+    """Compute ds and dk. The product of a block's ds runs before the next block's dp.
+
+    Not beside the next block's arithmetic, as that of p does: Q is wanted by the other consumer
+    first and by this product last, and until then its slot cannot be filled again.
+    """
     walk = program.walk
     BLOCK_D: gl.constexpr = program.options.BLOCK_D
     dtype: gl.constexpr = program.k.buffers.dtype
@@ -170,24 +174,24 @@ def _consume_ds(program, dk_ptr, dk_strides):
         zero = t >> 30
         slot = t % 2
         previous = gl.maximum(t - 1, 0) % 2
-        await_full(program.dout, slot, t // 2)
         v_tile, dout_tile = _tile(program.v, zero, BLOCK_D), _tile(program.dout, slot, BLOCK_D)
-        dp_t = warpgroup_mma(v_tile, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dk = warpgroup_mma(ds, _tile(program.q, previous, BLOCK_D), dk, is_async=True)
+        await_full(program.dout, slot, t // 2)
+        dp_t = warpgroup_mma(v_tile, dout_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dk = warpgroup_mma_wait(1, [dk])
+        if t > 0:
+            program.q.release(previous)
         await_full(program.q, slot, t // 2)
         delta = program.statistics.index(2 + slot).load(gl.SliceLayout(0, s_layout))
         await_full(program.p, slot, t // 2)
         p_t = program.p.buffers.index(slot).load(s_layout).to(gl.float32)
-        dp_t = warpgroup_mma_wait(1, [dp_t])
+        dp_t = warpgroup_mma_wait(0, [dp_t])
+        program.dout.release(slot)
         # As in backward_consumer.py: float16 is scaled at the end.
         if dtype == gl.float16:
             ds_t = p_t * (dp_t * P_UNIT - delta[None, :])
         else:
             ds_t = p_t * (dp_t * (scale * P_UNIT) - delta[None, :])
-        dk = warpgroup_mma_wait(0, [dk])
-        program.dout.release(slot)
-        if t > 0:
-            program.q.release(previous)
         ds = gl.convert_layout(ds_t.to(dtype), operand)
     if program.total > 0:
         last = (program.total - 1) % 2
@@ -268,9 +272,12 @@ def _hopper_dkv_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
     fence_async_shared()
+    batch = head // heads
+    load_keys(walk, batch, key_head, k, k_slots, 1, DOCUMENTS)
+    load_keys(walk, batch, key_head, v, v_slots, 1, DOCUMENTS)
     program = WideProgram(
         walk,
-        (head // heads, key_head),
+        (batch, key_head),
         count_blocks(walk, ROWS) * group,
         k_slots,
         v_slots,
@@ -292,7 +299,7 @@ def _hopper_dkv_kernel(
         [
             (_consume_p, (program, dv_ptr, dv_strides)),
             (_consume_ds, (program, dk_ptr, dk_strides)),
-            (produce, (program, rows, q, k, v, dout)),
+            (produce, (program, rows, q, dout)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

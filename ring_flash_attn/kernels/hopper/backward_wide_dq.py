@@ -19,6 +19,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_transfer import Statistics
 from .epilogue import LOG2_E, store_dq
+from .operands import left_operand, multiply_rows
 from .slots import Slots, await_full, box_at, load, make_box_slots
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
@@ -45,6 +46,7 @@ class QueryProgram:
     ADD: gl.constexpr
     DOCUMENTS: gl.constexpr
     STAGES: gl.constexpr
+    COLUMNS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, walk, heads, finishes, total, slots, softmax_scale, options):
@@ -59,6 +61,7 @@ class QueryProgram:
         self.ADD = gl.constexpr(options[2])
         self.DOCUMENTS = gl.constexpr(options[3])
         self.STAGES = gl.constexpr(options[4])
+        self.COLUMNS = gl.constexpr(options[5])
 
 
 @gluon.jit
@@ -101,6 +104,7 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
     walk = program.walk
     BLOCK_D: gl.constexpr = program.BLOCK_D
     STAGES: gl.constexpr = program.STAGES
+    COLUMNS: gl.constexpr = program.COLUMNS
     dtype: gl.constexpr = program.q.buffers.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -110,10 +114,10 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
     offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     lse2, delta = statistics.load(program.batch, program.head, offs_m, walk.row_end)
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout)
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
     if program.total > 0:
         await_full(program.q, CONSUMER, 0)
         await_full(program.dout, CONSUMER, 0)
+    q_left = left_operand(_tile(program.q, CONSUMER, BLOCK_D), s_layout, COLUMNS)
     place = begin_walk(walk, ROWS)
     for t in range(program.total):
         zero = t >> 30  # see backward_consumer.py
@@ -122,9 +126,9 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
         q_tile = _tile(program.q, CONSUMER + zero, BLOCK_D)
         dout_tile = _tile(program.dout, CONSUMER + zero, BLOCK_D)
         await_full(program.kv, k_slot, 2 * t // STAGES)
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = multiply_rows(q_left, q_tile, k_tile, s_layout, COLUMNS)
         await_full(program.kv, v_slot, (2 * t + 1) // STAGES)
-        dp = warpgroup_mma(dout_tile, v_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = multiply_rows(dout_tile, dout_tile, v_tile, s_layout, 0)
         s = warpgroup_mma_wait(1, [s])
         p = gl.exp2(s * (scale * LOG2_E) - lse2[:, None])
         p = _masked(p, offs_m, row, column(program.walk, place, ROWS), place[3])
@@ -204,6 +208,7 @@ def _hopper_dq_kernel(
     ADD: gl.constexpr,
     DOCUMENTS: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_COLUMNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -230,7 +235,7 @@ def _hopper_dq_kernel(
         count_blocks(walk, ROWS),
         (q_slots, dout_slots, kv_slots),
         softmax_scale,
-        (HEAD_DIM, BLOCK_D, ADD, DOCUMENTS, STAGES),
+        (HEAD_DIM, BLOCK_D, ADD, DOCUMENTS, STAGES, QUERY_COLUMNS),
     )
     rows = Statistics(
         lse_ptr,

@@ -15,17 +15,25 @@ class ForwardConfig:
     Attributes:
         consumers: warpgroups that multiply, 2 or 3, each 64 query rows of a tile.
         block_n: key rows of a block.
-        stages: blocks of K, and of V, in shared memory, 1 or 2: named barriers are few.
+        k_stages, v_stages: blocks of each in shared memory, five in all: named barriers are few.
         ping_pong: consumers issue their products in turn, so that one multiplies while the others
             do their softmax.
         rescale_late: rescale the accumulator after the next scores are issued.
+        q_columns: columns of Q that a consumer holds in registers, 0 or a power of two from 64 on.
+        shuffles: bring 16-bit results in order for their stores by shuffles, not through shared
+            memory, which blocks can have instead.
+        spills: bytes that ptxas 12.8 stores and loads for want of registers.
     """
 
     consumers: int
     block_n: int
-    stages: int
+    k_stages: int
+    v_stages: int
     ping_pong: bool
     rescale_late: bool = False
+    q_columns: int = 0
+    shuffles: bool = False
+    spills: int = 0
 
     @property
     def block_m(self) -> int:
@@ -45,11 +53,21 @@ class ForwardConfig:
 # By the width of the tiles, for both 16-bit dtypes: same size, same instructions.
 FORWARD = {
     # 425, 492 (4, 4096, 32/32)
-    64: ForwardConfig(3, 128, 2, ping_pong=True),
+    64: ForwardConfig(3, 128, k_stages=2, v_stages=3, ping_pong=True),
     # 659, 670 (1, 16384, 16/16); 715, 661 (1, 8192, 32/8); 672, 673 (1, 32768, 32/8)
-    128: ForwardConfig(2, 128, 2, ping_pong=False),
+    128: ForwardConfig(2, 128, k_stages=2, v_stages=3, ping_pong=False),
     # 676, 682 (1, 8192, 16/16)
-    256: ForwardConfig(2, 64, 2, ping_pong=False, rescale_late=True),
+    256: ForwardConfig(
+        2,
+        64,
+        k_stages=2,
+        v_stages=3,
+        ping_pong=True,
+        rescale_late=True,
+        q_columns=128,
+        shuffles=True,
+        spills=24,
+    ),
 }
 
 
@@ -119,10 +137,12 @@ class WideConfig:
 
     Attributes:
         stages: of dq's kernel, tiles of 64 rows of K and V in shared memory.
+        query_columns: of dq's kernel, columns of Q that a consumer holds in registers.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
     """
 
     stages: int
+    query_columns: int = 0
     spills: int = 0
 
     @property
@@ -142,7 +162,7 @@ class WideConfig:
 
 
 # 412, 393 (1, 8192, 16/16)
-WIDE = {256: WideConfig(stages=3)}
+WIDE = {256: WideConfig(stages=3, query_columns=64, spills=16)}
 
 
 def backward_config(head_dim: int) -> BackwardConfig | WideConfig | None:

@@ -87,6 +87,7 @@ def store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER: gl.con
     """
     CARRY: gl.constexpr = program.options.CARRY
     HEAD_DIM: gl.constexpr = program.options.HEAD_DIM
+    SHUFFLES: gl.constexpr = program.options.SHUFFLES
     outputs, batch, head, row, row_end, finishes = target
     row += CONSUMER * ROWS
     stat_layout: gl.constexpr = m_i.type.layout
@@ -119,7 +120,7 @@ def store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER: gl.con
         parts = _parts(acc)
         count = _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER)
     else:
-        _store_columns(acc, acc, weight, old_weight, place, 0, HEAD_DIM, False)
+        _store_columns(acc, acc, weight, old_weight, place, 0, HEAD_DIM, SHUFFLES, False)
     return count
 
 
@@ -128,16 +129,15 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
     """Merge acc, cut in parts, with the old state in the slots of K and V, and store it."""
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
     HEAD_DIM: gl.constexpr = program.options.HEAD_DIM
-    STAGES: gl.constexpr = program.options.STAGES
     PIECES: gl.constexpr = state_pieces(BLOCK_N)
     COLUMNS: gl.constexpr = state_columns(program.options.BLOCK_D, BLOCK_N)
     WIDTH: gl.constexpr = parts[0].shape[1]
     for turn in gl.static_range(state_turns(program.options.CONSUMERS, BLOCK_N)):
-        slot = count % STAGES
         for side in gl.static_range(2):
             slots = program.v if side == 1 else program.k
+            slot = count % slots.STAGES
             # Also for what others read: a slot must be seen full before it may be released.
-            await_full(slots, slot, count // STAGES)
+            await_full(slots, slot, count // slots.STAGES)
             if (2 * turn + side) // PIECES == CONSUMER:
                 piece = state_piece(slots, slot, COLUMNS).reshape([ROWS, COLUMNS])
                 for i in gl.static_range(COLUMNS // WIDTH):
@@ -149,6 +149,7 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
                         place,
                         (2 * turn + side) % PIECES * COLUMNS + i * WIDTH,
                         HEAD_DIM,
+                        program.options.SHUFFLES,
                     )
             slots.release(slot)
         count += 1
@@ -156,9 +157,18 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
 
 
 @gluon.jit
-def _merge_part(x, shared, weight, old_weight, place, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
+def _merge_part(
+    x,
+    shared,
+    weight,
+    old_weight,
+    place,
+    COLUMN: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHUFFLES: gl.constexpr,
+):
     old = shared.load(x.type.layout)
-    _store_columns(x, old, weight, old_weight, place, COLUMN, HEAD_DIM, True)
+    _store_columns(x, old, weight, old_weight, place, COLUMN, HEAD_DIM, SHUFFLES, True)
 
 
 @gluon.jit
@@ -202,7 +212,7 @@ def store_gradient(
         _add_columns(x2, ptr, strides[2], row, row_end, QUARTER * 2, HEAD_DIM)
         _add_columns(x3, ptr, strides[2], row, row_end, QUARTER * 3, HEAD_DIM)
     else:
-        _store(x, ptr, strides[2], row, row_end, 0, HEAD_DIM)
+        _store(x, ptr, strides[2], row, row_end, 0, HEAD_DIM, False)
 
 
 @gluon.jit
@@ -278,6 +288,7 @@ def _store_columns(
     place,
     COLUMN: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    SHUFFLES: gl.constexpr,
     ADD: gl.constexpr,
 ):
     """Store x * weight, with ADD plus old * old_weight, in columns from COLUMN on."""
@@ -291,26 +302,53 @@ def _store_columns(
         if state_ptr.dtype == result_ptr.dtype:
             if finishes > 0:
                 state_ptr = result_ptr
-            _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+            _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM, SHUFFLES)
         else:
             if finishes > 0:
-                _store(x, result_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+                _store(x, result_ptr, stride, row, row_end, COLUMN, HEAD_DIM, SHUFFLES)
             else:
-                _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM)
+                _store(x, state_ptr, stride, row, row_end, COLUMN, HEAD_DIM, SHUFFLES)
 
 
 @gluon.jit
-def _store(x, ptr, stride, row, row_end, COLUMN: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Store x [rows, N] in the element type of ptr; of 16 bits eight in a row a thread."""
+def _store(
+    x,
+    ptr,
+    stride,
+    row,
+    row_end,
+    COLUMN: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SHUFFLES: gl.constexpr,
+):
+    """Store x [rows, N] in the element type of ptr.
+
+    Of 16 bits eight in a row a thread, by way of shared memory; with SHUFFLES four.
+    """
     N: gl.constexpr = x.shape[1]
     if ptr.dtype.element_ty == gl.float32:
         pointers, mask = _elements(ptr, stride, row, row_end, x, COLUMN, HEAD_DIM)
         gl.store(pointers, x, mask=mask)
     else:
-        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+        wide: gl.constexpr = wide_layout(N, SHUFFLES)
         rounded = gl.convert_layout(x.to(ptr.dtype.element_ty), wide)
         pointers, mask = _elements(ptr, stride, row, row_end, rounded, COLUMN, HEAD_DIM)
         gl.store(pointers, rounded, mask=mask)
+
+
+@gluon.constexpr_function
+def wide_layout(N, SHUFFLES):
+    """Return the layout in which a result [64, N] is stored.
+
+    That of SHUFFLES differs from a wgmma's result in one bit of the lane and one of the register,
+    which Triton 3.6 exchanges by shuffles; two it takes through shared memory. Four threads store
+    32 bytes in a row.
+    """
+    if not SHUFFLES:
+        return gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    registers = [[0, 1], [0, 2], [8, 0]] + [[0, 16 << i] for i in range(N.bit_length() - 5)]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, N])
 
 
 @gluon.jit

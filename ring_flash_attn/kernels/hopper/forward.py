@@ -9,7 +9,7 @@ persistent: the producer draws tiles from a counter and hands their numbers to t
     ring of slots   slots          filled by   what
     items           2              producer    what a work item is; the last one does not exist
     q               CONSUMERS      TMA         64 rows of Q for each consumer
-    k, v            STAGES each    TMA         BLOCK_N rows of K or V for all consumers
+    k, v            K_, V_STAGES   TMA         BLOCK_N rows of K or V for all consumers
 """
 
 from triton.experimental import gluon
@@ -40,7 +40,7 @@ FIRST_EMPTY = gl.constexpr(11)
 @gluon.jit
 def _load_v(program, v, count, batch, key_head, start, end):
     """Load V from row `start` on for the count-th block. DOCUMENTS: zeros from row `end` on."""
-    STAGES: gl.constexpr = program.options.STAGES
+    STAGES: gl.constexpr = program.v.STAGES
     if program.options.DOCUMENTS:
         coordinates = [FAR, end, FAR - end + start, key_head, 0]
         load(v, coordinates, program.v, count % STAGES, count // STAGES)
@@ -51,7 +51,7 @@ def _load_v(program, v, count, batch, key_head, start, end):
 @gluon.jit
 def _load_blocks(program, k, v, count, begin, band, batch, key_head):
     """Load K and V of an entry's blocks from the begin-th on; return the count after them."""
-    STAGES: gl.constexpr = program.options.STAGES
+    STAGES: gl.constexpr = program.k.STAGES
     end, n_full, n_edge = band[2], band[6], band[7]
     for i in range(begin, n_edge + n_full):
         start = block_start(band, i, program.options.BLOCK_N)
@@ -78,7 +78,7 @@ def _load_state(program, state, count, batch, head, row):
 def _load_piece(program, state, slots, place, PIECE: gl.constexpr):
     """Load a piece of the old state into the slot of the count-th block."""
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
-    STAGES: gl.constexpr = program.options.STAGES
+    STAGES: gl.constexpr = slots.STAGES
     PIECES: gl.constexpr = state_pieces(BLOCK_N)
     COLUMNS: gl.constexpr = state_columns(program.options.BLOCK_D, BLOCK_N)
     batch, head, row, count = place
@@ -113,7 +113,7 @@ def _produce(program, q, k, v, state, counter_ptr):
     """Load, tile by tile, Q and then K and V of every block, in the order the consumers walk."""
     tables = program.tables
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
-    STAGES: gl.constexpr = program.options.STAGES
+    STAGES: gl.constexpr = program.k.STAGES
     count = 0  # of blocks
     tile = 0
     work, band = next_work(tables, gl.program_id(0), counter_ptr, BLOCK_N)
@@ -144,7 +144,7 @@ def _produce(program, q, k, v, state, counter_ptr):
             count = _load_state(program, state, count, batch, head, row)
         band = next_band
     program.k.drain(count, STAGES)
-    program.v.drain(count, STAGES)
+    program.v.drain(count, program.v.STAGES)
     leave(counter_ptr)
 
 
@@ -186,9 +186,12 @@ def _hopper_fwd_kernel(
     DOCUMENTS: gl.constexpr,
     ONE_ENTRY: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     PING_PONG: gl.constexpr,
     RESCALE_LATE: gl.constexpr,
+    Q_COLUMNS: gl.constexpr,
+    SHUFFLES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -202,12 +205,13 @@ def _hopper_fwd_kernel(
     entry reaches a product.
     counter: [2] int32, zero before and after. One launch at a time may use it.
     ONE_ENTRY: no tile has more. PING_PONG: consumers issue products in turn. RESCALE_LATE: an
-    accumulator is rescaled after the next scores are issued, not at the end of a step.
+    accumulator is rescaled after the next scores are issued, not at the end of a step. Q_COLUMNS:
+    of Q held in registers.
     """
     q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
-    k_slots = make_blocks(STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D], FIRST_EMPTY)
+    k_slots = make_blocks(K_STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D], FIRST_EMPTY)
     v_box: gl.constexpr = box_shape(BLOCK_N, BLOCK_D, DOCUMENTS)
-    v_slots = make_blocks(STAGES, CONSUMERS, v, v_box, FIRST_EMPTY + STAGES)
+    v_slots = make_blocks(V_STAGES, CONSUMERS, v, v_box, FIRST_EMPTY + K_STAGES)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], flat)
     fence_async_shared()
@@ -219,9 +223,10 @@ def _hopper_fwd_kernel(
         DOCUMENTS,
         ONE_ENTRY,
         CONSUMERS,
-        STAGES,
         PING_PONG,
         RESCALE_LATE,
+        Q_COLUMNS,
+        SHUFFLES,
     )
     tables = Tables(tiles_ptr, entries_ptr, n_tiles, n_heads, heads_in_flight, heads, group)
     items = Slots(numbers, make_bars(2, 1), make_bars(2, CONSUMERS))

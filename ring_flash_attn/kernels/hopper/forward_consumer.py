@@ -9,8 +9,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import load_lse2, store_tile
 from .forward_program import FIELDS, ROWS
+from .operands import left_operand, multiply_rows
 from .slots import await_full, meet
-from .tiles import block_start, load_band, skipped
+from .tiles import block_start, load_band, skipped, unseen_blocks
 
 # The first named barrier of the consumers' turns. The compiler takes its own from 0 up.
 FIRST_TURN = gl.constexpr(8)
@@ -129,15 +130,16 @@ def _unpack(packed, layout: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _issue_scores(program, slot, CONSUMER: gl.constexpr):
-    """Issue q k^T [ROWS, BLOCK_N] with the K of a slot; wait before reading it."""
+def _issue_scores(program, count, q_left, CONSUMER: gl.constexpr):
+    """Issue q k^T [ROWS, BLOCK_N] with the K of the count-th block; wait before reading it."""
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
     BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
-    k_tile = program.k.buffers.index(slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    # Always 0, but ptxas does not know: else it keeps the descriptors in registers.
+    zero = count >> 30
+    q_tile = program.q.buffers.index(CONSUMER + zero).reshape([ROWS, BLOCK_D])
+    k_tile = program.k.buffers.index(count % program.k.STAGES).reshape([BLOCK_N, BLOCK_D])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+    return multiply_rows(q_left, q_tile, k_tile, layout, program.options.Q_COLUMNS)
 
 
 @gluon.jit
@@ -160,6 +162,7 @@ def _rescale(acc, alpha):
 def _step(
     program,
     count,
+    q_left,
     state,
     qk_scale,
     start,
@@ -174,16 +177,17 @@ def _step(
     p is packed, and whose alpha is due if RESCALE_LATE.
     """
     acc, packed, m_i, l_i, alpha = state
-    STAGES: gl.constexpr = program.options.STAGES
+    K_STAGES: gl.constexpr = program.k.STAGES
+    V_STAGES: gl.constexpr = program.v.STAGES
     PING_PONG: gl.constexpr = program.options.PING_PONG
-    slot, previous = count % STAGES, (count - 1) % STAGES
-    await_full(program.k, slot, count // STAGES)
+    slot, previous = count % K_STAGES, (count - 1) % V_STAGES
+    await_full(program.k, slot, count // K_STAGES)
     if PING_PONG:
         meet(FIRST_TURN + CONSUMER)
-    s = _issue_scores(program, slot, CONSUMER)
+    s = _issue_scores(program, count, q_left, CONSUMER)
     if program.options.RESCALE_LATE:
         acc = _rescale(acc, alpha)
-    await_full(program.v, previous, (count - 1) // STAGES)
+    await_full(program.v, previous, (count - 1) // V_STAGES)
     acc = _issue_product(program, previous, packed, acc)
     if PING_PONG:
         _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
@@ -206,18 +210,36 @@ def _limits(band, offs_m):
 
 
 @gluon.jit
-def _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER: gl.constexpr):
+def _walk(program, count, begin, band, offs_m, q_left, state, qk_scale, CONSUMER: gl.constexpr):
     """Take an entry's blocks from the begin-th on, those with a mask first; return count, state."""
     left, right = _limits(band, offs_m)
     n_full, n_edge = band[6], band[7]
     for i in range(begin, n_edge):
         start = block_start(band, i, program.options.BLOCK_N)
-        state = _step(program, count, state, qk_scale, start, left, right, True, CONSUMER)
+        state = _step(program, count, q_left, state, qk_scale, start, left, right, True, CONSUMER)
         count += 1
     for _ in range(gl.maximum(begin, n_edge), n_edge + n_full):
-        state = _step(program, count, state, qk_scale, 0, left, right, False, CONSUMER)
+        state = _step(program, count, q_left, state, qk_scale, 0, left, right, False, CONSUMER)
         count += 1
     return count, state
+
+
+@gluon.jit
+def _pass_over(program, count, n, CONSUMER: gl.constexpr):
+    """Leave n blocks to the others, with the turns that go with them; return the count after."""
+    K_STAGES: gl.constexpr = program.k.STAGES
+    V_STAGES: gl.constexpr = program.v.STAGES
+    for _ in range(n):
+        # Seen full first: else a slot could be released before its last filling was.
+        await_full(program.k, count % K_STAGES, count // K_STAGES)
+        program.k.release(count % K_STAGES)
+        if program.options.PING_PONG:
+            meet(FIRST_TURN + CONSUMER)
+            _give_turn(FIRST_TURN + (CONSUMER + 1) % program.options.CONSUMERS)
+        await_full(program.v, count % V_STAGES, count // V_STAGES)
+        program.v.release(count % V_STAGES)
+        count += 1
+    return count
 
 
 @gluon.jit
@@ -226,7 +248,8 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
     tables = program.tables
     BLOCK_N: gl.constexpr = program.options.BLOCK_N
     BLOCK_D: gl.constexpr = program.options.BLOCK_D
-    STAGES: gl.constexpr = program.options.STAGES
+    K_STAGES: gl.constexpr = program.k.STAGES
+    V_STAGES: gl.constexpr = program.v.STAGES
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     if program.options.PING_PONG and CONSUMER == program.options.CONSUMERS - 1:
@@ -239,11 +262,18 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         offs_m = row + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         # The first block has no product before it.
         left, right = _limits(band, offs_m)
-        start = block_start(band, 0, BLOCK_N)
+        begin = unseen_blocks(band, row + CONSUMER * ROWS, row_end, ROWS, BLOCK_N)
+        count = _pass_over(program, count, begin, CONSUMER)
+        start = block_start(band, begin, BLOCK_N)
         await_full(program.q, CONSUMER, tile)
-        await_full(program.k, count % STAGES, count // STAGES)
-        s = warpgroup_mma_wait(0, [_issue_scores(program, count % STAGES, CONSUMER)])
-        program.k.release(count % STAGES)
+        q_left = left_operand(
+            program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D]),
+            s_layout,
+            program.options.Q_COLUMNS,
+        )
+        await_full(program.k, count % K_STAGES, count // K_STAGES)
+        s = warpgroup_mma_wait(0, [_issue_scores(program, count, q_left, CONSUMER)])
+        program.k.release(count % K_STAGES)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
         l_i = gl.sum(gl.reshape(zeros, [ROWS, BLOCK_N // 8, 8]), 1)
@@ -252,12 +282,16 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         state = (acc, _pack(p, program.v.buffers.dtype), m_i, l_i, alpha)
         count += 1
         if program.options.ONE_ENTRY:
-            count, state = _walk(program, count, 1, band, offs_m, state, qk_scale, CONSUMER)
+            count, state = _walk(
+                program, count, begin + 1, band, offs_m, q_left, state, qk_scale, CONSUMER
+            )
         else:
             for e in range(entry, end_entry):
                 band = load_band(tables, e, end_entry, row, row_end, BLOCK_N)
-                begin = skipped(e, entry)
-                count, state = _walk(program, count, begin, band, offs_m, state, qk_scale, CONSUMER)
+                taken = skipped(e, entry) * (begin + 1)
+                count, state = _walk(
+                    program, count, taken, band, offs_m, q_left, state, qk_scale, CONSUMER
+                )
         program.q.release(CONSUMER)
         acc, packed, m_i, l_i, alpha = state
         target = (outputs, head // tables.heads, head % tables.heads, row, row_end, finishes)
@@ -266,10 +300,11 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         # The last block's product.
         if program.options.RESCALE_LATE:
             acc = _rescale(acc, alpha)
-        await_full(program.v, (count - 1) % STAGES, (count - 1) // STAGES)
-        acc = _issue_product(program, (count - 1) % STAGES, packed, acc)
+        last = (count - 1) % V_STAGES
+        await_full(program.v, last, (count - 1) // V_STAGES)
+        acc = _issue_product(program, last, packed, acc)
         acc = warpgroup_mma_wait(0, [acc])
-        program.v.release((count - 1) % STAGES)
+        program.v.release(last)
         count = store_tile(acc, m_i, l_i, old_lse2, target, program, count, CONSUMER)
         tile += 1
         work, band = _published(program.items, tile)

@@ -24,9 +24,10 @@ class Options:
     DOCUMENTS: gl.constexpr
     ONE_ENTRY: gl.constexpr
     CONSUMERS: gl.constexpr
-    STAGES: gl.constexpr
     PING_PONG: gl.constexpr
     RESCALE_LATE: gl.constexpr
+    Q_COLUMNS: gl.constexpr
+    SHUFFLES: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -38,9 +39,10 @@ class Options:
         DOCUMENTS,
         ONE_ENTRY,
         CONSUMERS,
-        STAGES,
         PING_PONG,
         RESCALE_LATE,
+        Q_COLUMNS,
+        SHUFFLES,
     ):
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -49,9 +51,10 @@ class Options:
         self.DOCUMENTS = gl.constexpr(DOCUMENTS)
         self.ONE_ENTRY = gl.constexpr(ONE_ENTRY)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
-        self.STAGES = gl.constexpr(STAGES)
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
+        self.Q_COLUMNS = gl.constexpr(Q_COLUMNS)
+        self.SHUFFLES = gl.constexpr(SHUFFLES)
 
 
 @aggregate

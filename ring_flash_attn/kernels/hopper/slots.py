@@ -85,13 +85,15 @@ class Blocks:
 
     buffers: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
     FIRST: gl.constexpr
     THREADS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, buffers, full, FIRST, THREADS):
+    def __init__(self, buffers, full, STAGES, FIRST, THREADS):
         self.buffers = buffers
         self.full = full
+        self.STAGES = gl.constexpr(STAGES)
         self.FIRST = gl.constexpr(FIRST)
         self.THREADS = gl.constexpr(THREADS)
 
@@ -168,7 +170,7 @@ def make_blocks(
 ):
     """Return N slots for the boxes of a descriptor, emptied by READERS warpgroups."""
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
-    return Blocks(buffers, make_bars(N, WRITERS), FIRST, READERS * 128 + 32)
+    return Blocks(buffers, make_bars(N, WRITERS), N, FIRST, READERS * 128 + 32)
 
 
 @gluon.constexpr_function

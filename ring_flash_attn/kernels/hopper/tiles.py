@@ -129,14 +129,33 @@ def load_band(tables, entry, end_entry, row, row_end, BLOCK: gl.constexpr):
 
 @gluon.jit
 def block_start(band, index, BLOCK: gl.constexpr):
-    """Return the first column of a band's index-th block: those at the edges come first."""
+    """Return the first column of a band's index-th block: those at the edges come first.
+
+    Of these the right ones, from the last down: the first rows of a tile see least of it.
+    """
     first, n_left, n_full, n_edge = band[0], band[5], band[6], band[7]
-    block = index
-    if index >= n_left:
-        block = index + n_full
+    block = n_edge + n_full - 1 - index
+    if index >= n_edge - n_left:
+        block = index - (n_edge - n_left)
     if index >= n_edge:
         block = index - n_edge + n_left
-    return first + block * BLOCK
+    return first + gl.maximum(block, 0) * BLOCK
+
+
+@gluon.jit
+def unseen_blocks(band, row, row_end, ROWS: gl.constexpr, BLOCK: gl.constexpr):
+    """Return how many of a band's first blocks rows [row, row + ROWS) see nothing of.
+
+    At most all but one. Of rows from row_end on, which do not exist, that many.
+    """
+    first, last, hi, n_left, n_full, n_edge = band[0], band[1], band[4], band[5], band[6], band[7]
+    n_blocks = n_edge + n_full
+    seen = gl.minimum(last, gl.minimum(row + ROWS, row_end) + hi)
+    n_seen = (gl.maximum(seen - first, 0) + BLOCK - 1) // BLOCK
+    unseen = gl.minimum(n_blocks - n_seen, n_edge - n_left)
+    if row >= row_end:
+        unseen = n_blocks
+    return gl.maximum(gl.minimum(unseen, n_blocks - 1), 0)
 
 
 @gluon.jit
