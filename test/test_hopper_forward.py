@@ -210,6 +210,29 @@ BUGS = {
 }
 
 
+GIVEN_BACK = (
+    "        if program.options.Q_COLUMNS == BLOCK_D:\n            program.q.release(CONSUMER)\n"
+)
+READ = (
+    "        await_full(program.q, CONSUMER, tile)\n"
+    "        q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])\n"
+    "        q_left = left_operand(q_tile, s_layout, program.options.Q_COLUMNS)\n"
+)
+
+
+@pytest.mark.parametrize(
+    "bug", [{READ + GIVEN_BACK: GIVEN_BACK + READ}, {GIVEN_BACK: ""}], ids=["before", "never"]
+)
+def test_q_in_registers_is_given_back_once_it_is_read(emulated, bug):
+    # Tiles of one block: the producer is at the next one's Q before a consumer has read this one's.
+    given = inputs(Shape(1300, 100, 1, 2, 1, 128), torch.bfloat16)
+    try:
+        broken = check(emulated(bugs=bug), FULL, "contiguous", 1, given)
+    except (EmulationError, AssertionError) as failure:
+        broken = [str(failure)]
+    assert broken
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_seen(emulated, name):
     """One case that everything above has a part in: two steps, a window, two batches, turns."""

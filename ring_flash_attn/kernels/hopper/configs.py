@@ -20,6 +20,7 @@ class ForwardConfig:
             do their softmax.
         rescale_late: rescale the accumulator after the next scores are issued.
         q_columns: columns of Q that a consumer holds in registers, 0 or a power of two from 64 on.
+            What it holds whole it gives back at once, so that the next tile's can come.
         shuffles: bring 16-bit results in order for their stores by shuffles, not through shared
             memory, which blocks can have instead.
         spills: bytes that ptxas 12.8 stores and loads for want of registers.
@@ -55,7 +56,7 @@ FORWARD = {
     # 425, 492 (4, 4096, 32/32)
     64: ForwardConfig(3, 128, k_stages=2, v_stages=3, ping_pong=True),
     # 659, 670 (1, 16384, 16/16); 715, 661 (1, 8192, 32/8); 672, 673 (1, 32768, 32/8)
-    128: ForwardConfig(2, 128, k_stages=2, v_stages=3, ping_pong=False),
+    128: ForwardConfig(2, 128, k_stages=2, v_stages=3, ping_pong=False, q_columns=128),
     # 676, 682 (1, 8192, 16/16)
     256: ForwardConfig(
         2,

@@ -266,11 +266,10 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         count = _pass_over(program, count, begin, CONSUMER)
         start = block_start(band, begin, BLOCK_N)
         await_full(program.q, CONSUMER, tile)
-        q_left = left_operand(
-            program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D]),
-            s_layout,
-            program.options.Q_COLUMNS,
-        )
+        q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
+        q_left = left_operand(q_tile, s_layout, program.options.Q_COLUMNS)
+        if program.options.Q_COLUMNS == BLOCK_D:
+            program.q.release(CONSUMER)
         await_full(program.k, count % K_STAGES, count // K_STAGES)
         s = warpgroup_mma_wait(0, [_issue_scores(program, count, q_left, CONSUMER)])
         program.k.release(count % K_STAGES)
@@ -292,7 +291,8 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
                 count, state = _walk(
                     program, count, taken, band, offs_m, q_left, state, qk_scale, CONSUMER
                 )
-        program.q.release(CONSUMER)
+        if program.options.Q_COLUMNS < BLOCK_D:
+            program.q.release(CONSUMER)
         acc, packed, m_i, l_i, alpha = state
         target = (outputs, head // tables.heads, head % tables.heads, row, row_end, finishes)
         # Before the last product, which runs while it arrives.
