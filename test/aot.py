@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from arrivals import early_arrivals, idle_barriers
+from arrivals import early_arrivals, uncaptured_barriers
 
 ROOT = Path(__file__).parents[1]
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -79,7 +79,7 @@ class Report:
         serialized: ptxas's lines on wgmmas that it could not overlap (C7510 to C7514).
         early: what stands between an arrival at an mbarrier and the last meeting of the threads
             that it speaks for, see early_arrivals.
-        idle: barriers that nothing uses, see idle_barriers.
+        uncaptured: barriers of the first partition alone, see uncaptured_barriers.
     """
 
     error: str = ""
@@ -93,7 +93,7 @@ class Report:
     tma_adds: int = 0
     serialized: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()
+    uncaptured: tuple[str, ...] = ()
 
 
 def compile_all(jobs: list[Job], seconds: float | None = None) -> list[Report]:
@@ -337,7 +337,7 @@ def _report(compiled, arch: int) -> Report:
         tma_adds=len(re.findall(r"cp\.reduce\.async\.bulk\.tensor\.\dd\.global.*\.add", ptx)),
         serialized=tuple(line for line in log.splitlines() if re.search(r"C751\d", line)),
         early=early_arrivals(ptx),
-        idle=idle_barriers(compiled.asm["ttgir"]),
+        uncaptured=uncaptured_barriers(compiled.asm["ttgir"]),
     )
 
 

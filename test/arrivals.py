@@ -9,24 +9,20 @@ _BETWEEN = re.compile(
 
 
 _BARS = re.compile(r"(%\S+) = ttg\.local_alloc\b.*memdesc<\d+x1xi64,")
-_PART = re.compile(r"(%\S+) = ttg\.memdesc_index (%\S+?)\[")
+_CAPTURES = re.compile(r"ttg\.warp_specialize\(([^)]*)\)")
 
 
-def idle_barriers(ttgir: str) -> tuple[str, ...]:
-    """Return the barriers that nothing but their initialisation uses.
+def uncaptured_barriers(ttgir: str) -> tuple[str, ...]:
+    """Return the barriers that no partition but the first uses, so that their memory has no owner.
 
-    Triton lays something else over their memory, which the hardware goes on to take for a barrier:
-    when another process has had the GPU for a while it comes back changed. dq was wrong for that.
+    Triton lays something else over it after their last use, the captured arguments for example,
+    and the hardware goes on to take it for a barrier: when another process has had the GPU for a
+    while it comes back changed. dq was wrong for that once, and once an address.
     """
-    lines = ttgir.splitlines()
-    parts = {found[1]: found[2] for found in map(_PART.search, lines) if found}
-    used = set()
-    for line in lines:
-        if _BARS.search(line) or _PART.search(line) or "ttng.init_barrier" in line:
-            continue
-        for name in re.findall(r"%[\w$.-]+", line):
-            used |= {name, parts.get(name, name)}
-    return tuple(found[1] for found in map(_BARS.search, lines) if found and found[1] not in used)
+    captured = set()
+    for found in _CAPTURES.finditer(ttgir):
+        captured |= set(re.findall(r"%[\w$.-]+", found[1]))
+    return tuple(found[1] for found in _BARS.finditer(ttgir) if found[1] not in captured)
 
 
 def early_arrivals(ptx: str) -> tuple[str, ...]:

@@ -65,6 +65,11 @@ KNOWN = {
     frozenset(("produce", "_consume_ds")): Known(HANDED, f"delta of a block. {MBARRIER}"),
     frozenset(("_consume_p", "_consume_ds")): Known(HANDED, f"p of a block. {MBARRIER}"),
     frozenset(("_hopper_fwd_kernel",)): Known(STARTED, DISPATCH),
+    frozenset(("_hopper_fwd_kernel", "meet")): Known(
+        STARTED,
+        f"{DISPATCH} The store that ends the partitions follows the last `meet` of the first "
+        "warpgroup and bears its line; a named barrier itself stores nothing.",
+    ),
     frozenset(("_hopper_bwd_kernel",)): Known(STARTED, DISPATCH),
     frozenset(("_hopper_dq_kernel",)): Known(STARTED, DISPATCH),
     frozenset(("_hopper_dkv_kernel",)): Known(STARTED, DISPATCH),

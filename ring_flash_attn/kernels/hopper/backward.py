@@ -23,7 +23,15 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, load_keys, produce, write
-from .slots import Blocks, Outlets, Slots, box_shape, make_blocks, make_box_slots, make_outlets
+from .slots import (
+    Blocks,
+    Inlets,
+    Outlets,
+    box_shape,
+    make_blocks,
+    make_inlets,
+    make_outlets,
+)
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
 
@@ -85,8 +93,8 @@ class Program:
     key_head: gl.tensor
     out_head: gl.tensor
     total: gl.tensor
-    k: Slots
-    v: Slots
+    k: Inlets
+    v: Inlets
     q: Blocks
     statistics: gl.shared_memory_descriptor
     dout: Blocks
@@ -192,8 +200,8 @@ def _hopper_bwd_kernel(
     walk = Walk(
         entries_ptr, tile, met, shift, n_tiles, out_head * group, group, True, True, HEADS_APART
     )
-    k_slots = make_box_slots(CONSUMERS, 1, k, ROWS, BLOCK_D, DOCUMENTS)
-    v_slots = make_box_slots(CONSUMERS, 1, v, ROWS, BLOCK_D, DOCUMENTS)
+    k_slots = make_inlets(CONSUMERS, k, ROWS, BLOCK_D, DOCUMENTS)
+    v_slots = make_inlets(CONSUMERS, v, ROWS, BLOCK_D, DOCUMENTS)
     box: gl.constexpr = box_shape(BLOCK_M, BLOCK_D, DOCUMENTS)
     q_slots = make_blocks(Q_STAGES, CONSUMERS, q, box, FIRST_EMPTY, 2)
     dout_slots = make_blocks(DOUT_STAGES, CONSUMERS, dout, box, FIRST_EMPTY + Q_STAGES)
@@ -204,6 +212,7 @@ def _hopper_bwd_kernel(
     ds = gl.allocate_shared_memory(q.dtype, [CONSUMERS * CONSUMERS, ROWS, BLOCK_M], ds_layout)
     fence_async_shared()
     batch, key_head = head // heads, out_head // copies
+    # Before the partitions begin, and before the entries are read, which takes as long again.
     load_keys(walk, batch, key_head, k, k_slots, CONSUMERS, DOCUMENTS)
     load_keys(walk, batch, key_head, v, v_slots, CONSUMERS, DOCUMENTS)
     options = Options(

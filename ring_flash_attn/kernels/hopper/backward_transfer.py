@@ -9,7 +9,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import ROWS, dq_full
 from .epilogue import LOG2_E
-from .slots import await_at, box_at, load
+from .slots import await_at, box_at, load, load_first
 from .walk import begin_walk, column, next_place
 
 
@@ -58,14 +58,12 @@ class Statistics:
 
 @gluon.jit
 def load_keys(walk, batch, head, desc, slots, TILES: gl.constexpr, DOCUMENTS: gl.constexpr):
-    """Load the tile's rows of K or of V, if it meets anything.
-
-    Before the partitions begin and before the entries are read, which would take as long again.
-    """
+    """Load the tile's rows of K or of V, if it meets anything."""
     if walk.first_entry < walk.end_entry:
         for c in gl.static_range(TILES):
             row = walk.row + c * ROWS
-            load(desc, box_at(batch, head, row, walk.row_end, 0, DOCUMENTS), slots, c, 0)
+            box = box_at(batch, head, row, walk.row_end, 0, DOCUMENTS)
+            load_first(desc, box, slots, c)
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ from triton.language.core import _aggregate as aggregate
 from .backward_consumer import masked
 from .backward_transfer import Statistics, load_keys, produce
 from .epilogue import LOG2_E, at_source, store_gradient
-from .slots import Inlets, Slots, await_full, make_bars, make_box_slots
+from .slots import Inlets, Slots, await_full, make_bars, make_box_slots, make_inlets
 from .tiles import Tables, load_work
 from .walk import Walk, begin_walk, column, count_blocks, next_place
 
@@ -69,8 +69,8 @@ class WideProgram:
     batch: gl.tensor
     key_head: gl.tensor
     total: gl.tensor
-    k: Slots
-    v: Slots
+    k: Inlets
+    v: Inlets
     q: Slots
     statistics: gl.shared_memory_descriptor
     dout: Slots
@@ -97,6 +97,16 @@ class WideProgram:
 def _tile(slots, slot, BLOCK_D: gl.constexpr):
     """Return a slot's box as [ROWS, BLOCK_D]."""
     return slots.buffers.index(slot).reshape([ROWS, BLOCK_D])
+
+
+@gluon.jit
+def _produce(program, statistics, q, k, v, dout):
+    """Load K and V, and what produce loads of every block."""
+    walk = program.walk
+    DOCUMENTS: gl.constexpr = program.options.DOCUMENTS
+    load_keys(walk, program.batch, program.key_head, k, program.k, 1, DOCUMENTS)
+    load_keys(walk, program.batch, program.key_head, v, program.v, 1, DOCUMENTS)
+    produce(program, statistics, q, dout)
 
 
 @gluon.jit
@@ -263,8 +273,8 @@ def _hopper_dkv_kernel(
     key_head = head % heads
     tile, met = (row, row_end), (first_entry, end_entry)
     walk = Walk(entries_ptr, tile, met, row * 0, n_tiles, key_head * group, group, True, False)
-    k_slots = make_box_slots(1, 1, k, ROWS, BLOCK_D, DOCUMENTS)
-    v_slots = make_box_slots(1, 1, v, ROWS, BLOCK_D, DOCUMENTS)
+    k_slots = make_inlets(1, k, ROWS, BLOCK_D, DOCUMENTS)
+    v_slots = make_inlets(1, v, ROWS, BLOCK_D, DOCUMENTS)
     q_slots = make_box_slots(2, 2, q, ROWS, BLOCK_D, DOCUMENTS, 2)
     dout_slots = make_box_slots(2, 2, dout, ROWS, BLOCK_D, DOCUMENTS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], gl.float16)
@@ -272,12 +282,9 @@ def _hopper_dkv_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     statistics = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
     fence_async_shared()
-    batch = head // heads
-    load_keys(walk, batch, key_head, k, k_slots, 1, DOCUMENTS)
-    load_keys(walk, batch, key_head, v, v_slots, 1, DOCUMENTS)
     program = WideProgram(
         walk,
-        (batch, key_head),
+        (head // heads, key_head),
         count_blocks(walk, ROWS) * group,
         k_slots,
         v_slots,
@@ -299,7 +306,7 @@ def _hopper_dkv_kernel(
         [
             (_consume_p, (program, dv_ptr, dv_strides)),
             (_consume_ds, (program, dk_ptr, dk_strides)),
-            (produce, (program, rows, q, dout)),
+            (_produce, (program, rows, q, k, v, dout)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -63,7 +63,10 @@ class Outlets:
 
 @aggregate
 class Inlets:
-    """Slots with a barrier that one is full; that it is empty follows from other waits."""
+    """Slots with a barrier that one is full; that it is empty follows from other waits.
+
+    Or from nothing having been there: what a program loads once needs no other barrier.
+    """
 
     buffers: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -194,6 +197,16 @@ def make_box_slots(
 
 
 @gluon.jit
+def make_inlets(
+    N: gl.constexpr, desc, BLOCK: gl.constexpr, COLUMNS: gl.constexpr, DOCUMENTS: gl.constexpr
+):
+    """Return N slots for boxes of BLOCK rows and COLUMNS, each of which is filled once."""
+    box: gl.constexpr = box_shape(BLOCK, COLUMNS, DOCUMENTS)
+    buffers = gl.allocate_shared_memory(desc.dtype, [N] + box, desc.layout)
+    return Inlets(buffers, make_bars(N, 1))
+
+
+@gluon.jit
 def make_outlets(N: gl.constexpr, desc, BLOCK: gl.constexpr):
     """Return N slots for the boxes of a descriptor, emptied by one partition."""
     buffers = gl.allocate_shared_memory(desc.dtype, [N] + BLOCK, desc.layout)
@@ -202,10 +215,10 @@ def make_outlets(N: gl.constexpr, desc, BLOCK: gl.constexpr):
 
 @gluon.jit
 def make_bars(N: gl.constexpr, COUNT: gl.constexpr):
-    """Return N barriers of COUNT arrivals each. Somebody must use every one.
+    """Return N barriers of COUNT arrivals each. A partition other than the first must use each.
 
-    Triton gives the memory of others to something else, and the hardware still takes it for a
-    barrier: when another process has had the GPU for a while, it comes back changed.
+    Else Triton gives its memory to something else after its last use, and the hardware still takes
+    it for a barrier: when another process has had the GPU for a while, it comes back changed.
     """
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
@@ -223,6 +236,12 @@ def await_full(slots, slot, turn):
 def load(desc, coordinates, slots, slot, turn):
     """Load a box into a slot, once that is free."""
     slots.await_empty(slot, turn)
+    load_first(desc, coordinates, slots, slot)
+
+
+@gluon.jit
+def load_first(desc, coordinates, slots, slot):
+    """Load a box into a slot that is free."""
     mbarrier.expect(slots.full.index(slot), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(
         desc, coordinates, slots.full.index(slot), slots.buffers.index(slot)
