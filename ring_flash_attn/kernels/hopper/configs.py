@@ -1,7 +1,7 @@
 """How to launch the Hopper kernels: one checked-in row per width of their tiles.
 
 test/test_aot.py compiles every row, benchmark/tune.py searches for better ones. Numbers are
-TFLOP/s, causal and full, of run k5 in benchmark/results/kernels.csv: bfloat16, H200, 2026-11-29; in
+TFLOP/s, causal and full, of run k6 in benchmark/results/kernels.csv: bfloat16, H200, 2026-11-29; in
 brackets batch, length, query and key heads.
 """
 
@@ -53,11 +53,11 @@ class ForwardConfig:
 
 # By the width of the tiles, for both 16-bit dtypes: same size, same instructions.
 FORWARD = {
-    # 425, 492 (4, 4096, 32/32)
+    # 464, 505 (4, 4096, 32/32)
     64: ForwardConfig(3, 128, k_stages=2, v_stages=3, ping_pong=True),
-    # 659, 670 (1, 16384, 16/16); 715, 661 (1, 8192, 32/8); 672, 673 (1, 32768, 32/8)
+    # 662, 663 (1, 16384, 16/16); 653, 666 (1, 8192, 32/8); 665, 657 (1, 32768, 32/8)
     128: ForwardConfig(2, 128, k_stages=2, v_stages=3, ping_pong=False, q_columns=128),
-    # 676, 682 (1, 8192, 16/16)
+    # 687, 703 (1, 8192, 16/16)
     256: ForwardConfig(
         2,
         64,
@@ -125,9 +125,9 @@ class BackwardConfig:
 
 # The design document has the ratios to FlashAttention-3 and to the portable kernels.
 BACKWARD = {
-    # 432, 472 (4, 4096, 32/32)
+    # 443, 482 (4, 4096, 32/32)
     64: BackwardConfig(keys_in_registers=True),
-    # 573, 570 (1, 16384, 16/16); 565, 571 (1, 8192, 32/8); 584, 595 (1, 32768, 32/8)
+    # 576, 571 (1, 16384, 16/16); 560, 562 (1, 8192, 32/8); 578, 597 (1, 32768, 32/8)
     128: BackwardConfig(one_dq_stage=True, spills=52),
 }
 
@@ -162,7 +162,7 @@ class WideConfig:
         return 64
 
 
-# 412, 393 (1, 8192, 16/16)
+# 462, 457 (1, 8192, 16/16)
 WIDE = {256: WideConfig(stages=3, query_columns=64, spills=16)}
 
 
