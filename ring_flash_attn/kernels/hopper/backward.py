@@ -23,15 +23,7 @@ from triton.language.core import _aggregate as aggregate
 
 from .backward_consumer import CONSUMERS, FIRST_EMPTY, ROWS, consume
 from .backward_transfer import Statistics, load_keys, produce, write
-from .slots import (
-    Blocks,
-    Inlets,
-    Outlets,
-    box_shape,
-    make_blocks,
-    make_inlets,
-    make_outlets,
-)
+from .slots import Blocks, Inlets, Outlets, box_shape, make_blocks, make_inlets, make_outlets
 from .tiles import Tables, load_work
 from .walk import Walk, count_blocks
 
@@ -49,7 +41,6 @@ class Options:
     DOUT_STAGES: gl.constexpr
     DQ_STAGES: gl.constexpr
     KEYS_IN_REGISTERS: gl.constexpr
-    KEY_TILES: gl.constexpr
     P_SHIFT: gl.constexpr
     P_UNIT: gl.constexpr
 
@@ -76,7 +67,6 @@ class Options:
         self.DQ_STAGES = gl.constexpr(DQ_STAGES)
         self.KEYS_IN_REGISTERS = gl.constexpr(KEYS_IN_REGISTERS)
         # What produce wants to know: tiles of 64 key rows; p is not shifted.
-        self.KEY_TILES = gl.constexpr(2)
         self.P_SHIFT = gl.constexpr(0.0)
         self.P_UNIT = gl.constexpr(1.0)
 

@@ -43,7 +43,6 @@ class WideOptions:
     DOCUMENTS: gl.constexpr
     Q_STAGES: gl.constexpr
     DOUT_STAGES: gl.constexpr
-    KEY_TILES: gl.constexpr
     P_SHIFT: gl.constexpr
     P_UNIT: gl.constexpr
 
@@ -56,7 +55,6 @@ class WideOptions:
         self.DOCUMENTS = gl.constexpr(DOCUMENTS)
         self.Q_STAGES = gl.constexpr(2)
         self.DOUT_STAGES = gl.constexpr(2)
-        self.KEY_TILES = gl.constexpr(1)
         self.P_SHIFT = gl.constexpr(15.0)
         self.P_UNIT = gl.constexpr(1.0 / (1 << 15))
 

@@ -206,7 +206,8 @@ def _hopper_fwd_kernel(
     counter: [2] int32, zero before and after. One launch at a time may use it.
     ONE_ENTRY: no tile has more. PING_PONG: consumers issue products in turn. RESCALE_LATE: an
     accumulator is rescaled after the next scores are issued, not at the end of a step. Q_COLUMNS:
-    of Q held in registers.
+    of Q that consumers hold in registers. SHUFFLES: how 16-bit results get in order, see
+    wide_layout in epilogue.py.
     """
     q_slots = make_slots(CONSUMERS, 1, q, [1, 1, ROWS, BLOCK_D])
     k_slots = make_blocks(K_STAGES, CONSUMERS, k, [1, 1, BLOCK_N, BLOCK_D], FIRST_EMPTY)

@@ -22,6 +22,8 @@ def left_operand(tile, layout: gl.constexpr, COLUMNS: gl.constexpr):
 def multiply_rows(left, tile, right, layout: gl.constexpr, COLUMNS: gl.constexpr):
     """Issue tile right^T, of tiles [rows, D] in shared memory; wait before reading it.
 
+    In 1 + parts_after(COLUMNS, D) products, each of which counts for warpgroup_mma_wait.
+
     Args:
         left: what left_operand returned for `tile`.
         layout: of the result.
