@@ -99,8 +99,7 @@ class CopyEngineExchange:
             for _ in range(AHEAD):
                 self._pull_next()
         if self._traffic.pulls[step] is not None:
-            self._read.append(self._transport.record(self._compute))
-            self._pull_next()
+            self._round_read()
         if step == self._last and not self._backward:
             self._end()
 
@@ -155,8 +154,7 @@ class CopyEngineExchange:
         if self._compute is None:
             self._open()
         while len(self._read) < len(self._rounds):
-            self._read.append(self._transport.record(self._compute))
-            self._pull_next()
+            self._round_read()
         self._transport.wait(self._compute, self._transport.record(self._transport.pull_stream))
         if self._backward:
             for hops in self._rounds[self._written :]:
@@ -191,6 +189,12 @@ class CopyEngineExchange:
         for staged, x in zip(self._buffers.staged_here(), (self._k, self._v), strict=True):
             self._transport.copy(pull, staged, x)
         self._transport.signal(pull, readers, Channel.KV_READY)
+
+    def _round_read(self) -> None:
+        """Go on after the kernel that reads the oldest round: the next may take its slots."""
+        refilled = len(self._read) + AHEAD < len(self._rounds)
+        self._read.append(self._transport.record(self._compute) if refilled else None)
+        self._pull_next()
 
     def _pull_next(self) -> None:
         """Fetch the next round that is not under way, if there is one."""
