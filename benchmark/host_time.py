@@ -5,8 +5,9 @@
 The clock runs from a call until it returns, on an idle GPU, without a wait, with warm caches: the
 Python, torch and driver time of a pass. `per step` is a pass over its steps, one for each rank's
 keys. `per hop` is what another rank adds: the pass, less that of the same shape on one rank, over
-P - 1. The slowest rank counts. On a CPU it runs the reference backend over gloo, where the host
-computes and waits: the same rows, no measure of anything.
+P - 1. The slowest rank counts. `driver` is what a pass spends inside the CUDA driver, in calls by
+themselves, and `Python` a hop without it. On a CPU it runs the reference backend over
+gloo, where the host computes and waits: the same rows, no measure of anything.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import rows
 import timing
 import torch
 import torch.distributed as dist
+from driver_clock import DriverClock, driver_clock
 from packing import BATCH, STATED, pack
 from rank_timing import over_ranks
 from torch import Tensor
@@ -89,13 +92,37 @@ def pass_times(run: Callable[..., Tensor], tensors: list[Tensor], calls: int) ->
     return times
 
 
+def driver_times(
+    run: Callable[..., Tensor], tensors: list[Tensor], calls: int, clock: DriverClock
+) -> list[list[float]]:
+    """Return [forward, backward] of each call in microseconds inside of the driver."""
+    *leaves, dout = tensors
+    times = []
+    for _ in range(calls):
+        _drain()
+        begin = clock.us
+        out = run(*leaves)
+        middle = clock.us
+        _drain()
+        torch.autograd.grad(out, leaves, dout)
+        times.append([middle - begin, clock.us - middle])
+    return times
+
+
 def _drain() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], timing.Quantiles]:
-    """Return the host's microseconds by case and pass, the cases in turn, the slowest rank's."""
+class Host(NamedTuple):
+    """Microseconds of the host: of a pass, the slowest rank's; in the driver, the quickest's."""
+
+    whole: timing.Quantiles
+    driver: float
+
+
+def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], Host]:
+    """Return the host's microseconds by case and pass, the cases in turn."""
     alone = [dist.new_group([rank]) for rank in range(place.world_size)][place.rank]
     torch.manual_seed(place.rank)
     tensors = [
@@ -113,30 +140,35 @@ def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], timin
     times = timing.interleaved(runs, turns, lambda run: pass_times(run, tensors, TURN))
     found = {}
     for case, pairs in times.items():
-        for pass_, us in zip(PASSES, zip(*pairs, strict=True), strict=True):
-            own = [*timing.quantiles(list(us))]
-            found[case, pass_] = timing.Quantiles(*over_ranks(own, dist.ReduceOp.MAX, place))
+        with driver_clock() as clock:
+            inside = driver_times(runs[case], tensors, o.repeats, clock)
+        for i, pass_ in enumerate(PASSES):
+            own = [*timing.quantiles([us[i] for us in pairs])]
+            whole = timing.Quantiles(*over_ranks(own, dist.ReduceOp.MAX, place))
+            median = timing.quantiles([us[i] for us in inside]).p50
+            found[case, pass_] = Host(whole, *over_ranks([median], dist.ReduceOp.MIN, place))
     return found
 
 
-def table(
-    o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], timing.Quantiles]
-) -> list[dict]:
+def table(o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], Host]) -> list[dict]:
     """Return the rows of the cases on all ranks."""
     source = timing.origin(o.run, o.commit, o.tree) | {"cpu": _cpu()}
     shape = {"dtype": "bf16", "local_len": o.local_len, "heads": o.heads}
     shape |= {"kv_heads": o.kv_heads, "head_dim": o.head_dim, "world_size": place.world_size}
     made = []
-    for ((exchange, packing, ranks), pass_), us in found.items():
+    for ((exchange, packing, ranks), pass_), (us, driver) in found.items():
         if ranks < place.world_size:
             continue
-        one = found[(exchange, packing, 1), pass_].p50
+        alone = found[(exchange, packing, 1), pass_]
+        one = alone.whole.p50
+        hops, python = us.p50 - one, us.p50 - driver - (one - alone.driver)
         made.append(
             source
             | shape
             | {"exchange": exchange, "packing": packing, "pass": pass_, "us_one_rank": one}
             | {"us_p20": us.p20, "us_p50": us.p50, "us_p80": us.p80, "us_per_step": us.p50 / ranks}
-            | {"us_per_hop": (us.p50 - one) / (ranks - 1) if ranks > 1 else None}
+            | {"us_per_hop": hops / (ranks - 1) if ranks > 1 else None, "us_driver": driver}
+            | {"us_python_per_hop": python / (ranks - 1) if ranks > 1 else None}
         )
     return made
 
@@ -157,11 +189,13 @@ def main(arguments: list[str] | None = None) -> int:
         for row in table(options, place, measure(options, place)):
             if place.rank == 0:
                 hop = "" if row["us_per_hop"] is None else f"{row['us_per_hop']:.1f}"
+                python = row["us_python_per_hop"]
+                hop += "" if python is None else f" (Python {python:.1f})"
                 print(
                     f"{place.world_size} ranks {row['exchange']:11} {row['packing']:6} "
                     f"{row['pass']}: {row['us_p50']:.0f} us ({row['us_p20']:.0f}-"
                     f"{row['us_p80']:.0f}), per step {row['us_per_step']:.1f}, per hop {hop}, "
-                    f"one rank {row['us_one_rank']:.0f}",
+                    f"one rank {row['us_one_rank']:.0f}, driver {row['us_driver']:.0f}",
                     flush=True,
                 )
                 if options.csv:

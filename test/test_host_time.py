@@ -3,14 +3,20 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ring_flash_attn.backends import launch
+from ring_flash_attn.core import peer_memory
+
 BENCHMARK = Path(__file__).parents[1] / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
+import driver_clock  # noqa: E402
 import rows  # noqa: E402
+from driver_clock import DriverClock  # noqa: E402
 
 EXCHANGES = ("ring", "copy-engine") if torch.cuda.device_count() > 1 else ("ring",)
 
@@ -44,3 +50,50 @@ def test_steps_and_hops_add_up(measured):
         assert us["us_per_step"] == pytest.approx(us["us_p50"] / 2, rel=1e-4)
         hops = us["us_p50"] - us["us_one_rank"]
         assert us["us_per_hop"] == pytest.approx(hops, rel=1e-3, abs=1e-3 * us["us_p50"])
+        # On a CPU there is no driver; else a hop takes some of it.
+        assert (us["us_driver"] > 0) == torch.cuda.is_available()
+        assert us["us_python_per_hop"] <= us["us_per_hop"] + 1e-3 * us["us_p50"]
+
+
+def test_the_clock_counts_what_it_is_given_and_nothing_else(monkeypatch):
+    seconds = iter([1.0, 1.5, 7.0, 7.25])
+    monkeypatch.setattr(driver_clock.time, "perf_counter", lambda: next(seconds))
+    clock = DriverClock()
+    half = clock.timed(lambda x: x / 0 if x == 2 else x)
+    assert half(1) == 1 and clock.us == 0.5e6
+    with pytest.raises(ZeroDivisionError):
+        half(2)
+    assert clock.us == 0.75e6
+
+
+def test_what_calls_the_driver_is_found(monkeypatch):
+    stand_in = SimpleNamespace(_batch=len, _write=len, _copy=len)
+    started = object.__new__(launch._Direct)
+    started._start = len
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(peer_memory, "_driver", lambda: stand_in)
+    with driver_clock.driver_clock() as clock:
+        assert started._start("four") == stand_in._batch("four") == stand_in._copy("four") == 4
+        assert clock.us > 0 and hasattr(torch.cuda.Event.record, "__wrapped__")
+    assert started._start is stand_in._write is len
+    assert not hasattr(torch.cuda.Event.record, "__wrapped__")
+
+
+def test_what_is_timed_is_as_before_afterwards(monkeypatch):
+    class Entry:
+        def call(self):
+            return 7
+
+    monkeypatch.setattr(driver_clock, "_entries", lambda: [(Entry, "call"), (Entry, "call")])
+    before = Entry.call
+    with driver_clock.driver_clock() as clock:
+        assert Entry().call() == 7
+        assert clock.us > 0 and Entry.call is not before
+    assert Entry.call is before
+
+
+def test_rows_of_before_have_no_driver(tmp_path):
+    path = tmp_path / "host.csv"
+    path.write_text((BENCHMARK / "results" / "host.csv").read_text())
+    old = rows.read(path, rows.HOST)
+    assert old[0]["us_python_per_hop"] == "" and set(old[0]) == set(rows.HOST)
