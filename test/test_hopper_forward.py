@@ -271,8 +271,8 @@ def test_blocks_are_passed_over_that_no_row_sees():
             assert 0 <= n <= max(len(order) - 1, 0)
             rows = range(first, min(first + 64, row_end))
             for start in order[:n]:
-                seen = range(start, min(start + block, band[1]))
-                assert not any(lo <= c - r <= hi for r in rows for c in (seen[0], seen[-1]))
+                end = min(start + block, band[1])
+                assert not any(max(r + lo, start) < min(r + hi + 1, end) for r in rows)
                 passed += 1
             # Full blocks come last, and the last block is never passed over.
             if n + 1 < len(order) and n < band[7] - band[5] and rows:
