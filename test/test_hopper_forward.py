@@ -8,13 +8,14 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import oracle
 from gluon_emulator import EmulationError, load_module
-from gluon_memory import TensorDescriptor
+from gluon_memory import Memory, Pointer, TensorDescriptor
 from ring_flash_attn.backends import hopper
 from ring_flash_attn.backends import launch as launching
 from ring_flash_attn.backends import triton as triton_backend
@@ -263,7 +264,9 @@ def test_blocks_are_passed_over_that_no_row_sees():
         begin, columns = draw.randrange(200), draw.randrange(1, 700)
         lo = draw.choice([-(1 << 20), draw.randrange(-400, 100)])
         hi = draw.choice([1 << 20, draw.randrange(max(lo, -400), 400)])
-        band = band_of(row, row_end, begin, begin + columns, lo, hi, block)
+        entries = torch.tensor([[begin, begin + columns, lo, hi]], dtype=torch.int32)
+        tables = SimpleNamespace(entries_ptr=Pointer(Memory(entries)))
+        band = [int(x) for x in tiles.load_band(tables, 0, 1, row, row_end, block)]
         order = [tiles.block_start(band, i, block) for i in range(band[6] + band[7])]
         assert sorted(order) == [band[0] + i * block for i in range(len(order))]
         for first in range(row, row + tall, 64):
@@ -278,16 +281,6 @@ def test_blocks_are_passed_over_that_no_row_sees():
             if n + 1 < len(order) and n < band[7] - band[5] and rows:
                 assert order[n] <= rows[-1] + hi
     assert passed > 1000
-
-
-def band_of(row, row_end, begin, end, lo, hi, block):
-    """Return what load_band of kernels/hopper/tiles.py returns."""
-    first, last = max(begin, row + lo), min(end, row_end + hi)
-    full_first, full_last = max(first, row_end - 1 + lo), min(last, row + hi + 1)
-    n_blocks = -(-max(last - first, 0) // block)
-    n_left = min(-((first - full_first) // block), n_blocks)
-    n_full = max(max(full_last - first, 0) // block - n_left, 0)
-    return first, last, end, lo, hi, n_left, n_full, n_blocks - n_full
 
 
 LENGTHS = (130, 2, 200, 66)

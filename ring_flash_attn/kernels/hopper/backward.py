@@ -202,7 +202,7 @@ def _hopper_bwd_kernel(
     ds = gl.allocate_shared_memory(q.dtype, [CONSUMERS * CONSUMERS, ROWS, BLOCK_M], ds_layout)
     fence_async_shared()
     batch, key_head = head // heads, out_head // copies
-    # Before the partitions begin, and before the entries are read, which takes as long again.
+    # Before the partitions begin, so that they travel while the entries are read.
     load_keys(walk, batch, key_head, k, k_slots, CONSUMERS, DOCUMENTS)
     load_keys(walk, batch, key_head, v, v_slots, CONSUMERS, DOCUMENTS)
     options = Options(

@@ -114,6 +114,7 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
     offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     lse2, delta = statistics.load(program.batch, program.head, offs_m, walk.row_end)
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout)
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
     if program.total > 0:
         await_full(program.q, CONSUMER, 0)
         await_full(program.dout, CONSUMER, 0)
@@ -128,7 +129,7 @@ def _consume(program, statistics, dq_ptr, result_ptr, dq_strides, CONSUMER: gl.c
         await_full(program.kv, k_slot, 2 * t // STAGES)
         s = multiply_rows(q_left, q_tile, k_tile, s_layout, COLUMNS)
         await_full(program.kv, v_slot, (2 * t + 1) // STAGES)
-        dp = multiply_rows(dout_tile, dout_tile, v_tile, s_layout, 0)
+        dp = warpgroup_mma(dout_tile, v_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])
         p = gl.exp2(s * (scale * LOG2_E) - lse2[:, None])
         p = _masked(p, offs_m, row, column(program.walk, place, ROWS), place[3])

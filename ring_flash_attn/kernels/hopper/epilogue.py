@@ -141,34 +141,21 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
             if (2 * turn + side) // PIECES == CONSUMER:
                 piece = state_piece(slots, slot, COLUMNS).reshape([ROWS, COLUMNS])
                 for i in gl.static_range(COLUMNS // WIDTH):
-                    _merge_part(
-                        parts[(2 * turn + side) % PIECES * (COLUMNS // WIDTH) + i],
-                        piece.slice(i * WIDTH, WIDTH, 1),
+                    x = parts[(2 * turn + side) % PIECES * (COLUMNS // WIDTH) + i]
+                    _store_columns(
+                        x,
+                        piece.slice(i * WIDTH, WIDTH, 1).load(x.type.layout),
                         weight,
                         old_weight,
                         place,
                         (2 * turn + side) % PIECES * COLUMNS + i * WIDTH,
                         HEAD_DIM,
                         program.options.SHUFFLES,
+                        True,
                     )
             slots.release(slot)
         count += 1
     return count
-
-
-@gluon.jit
-def _merge_part(
-    x,
-    shared,
-    weight,
-    old_weight,
-    place,
-    COLUMN: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    SHUFFLES: gl.constexpr,
-):
-    old = shared.load(x.type.layout)
-    _store_columns(x, old, weight, old_weight, place, COLUMN, HEAD_DIM, SHUFFLES, True)
 
 
 @gluon.jit
