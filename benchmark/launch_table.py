@@ -47,7 +47,8 @@ def write(of: Target, best: Verdict, spills: int, shape: str, gpu: str, date: st
         speed = round(best.tflops["causal"])
         config = replace(config, spills=spills, tflops=speed, gpu=gpu_name(gpu), date=date)
     else:
-        config = replace(config, spills=spills)
+        if not isinstance(config, ForwardConfig):
+            config = replace(config, spills=spills)
         speeds = " / ".join(f"{x:.0f}" for x in best.tflops.values())
         masks = " / ".join(best.tflops)
         comment = f"{speeds} TFLOP/s {masks} ({shape}), {gpu_name(gpu)}, {date}."

@@ -223,7 +223,7 @@ def test_borrowed_rows(job: Job):
 def test_hopper_rows(job: Job):
     report, config = reports()[job], forward_config(job.head_dim)
     assert not report.error
-    assert config is not None and report.spills <= config.spills
+    assert config is not None and not report.spills
     assert not report.serialized
     assert report.shared <= shared_memory(job.arch)
     assert report.registers == config.registers[0]

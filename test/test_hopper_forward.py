@@ -216,7 +216,8 @@ GIVEN_BACK = (
 )
 READ = (
     "        await_full(program.q, CONSUMER, tile)\n"
-    "        q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])\n"
+    "        # As in _issue_scores, 0: else ptxas finds the addresses once, and spills them.\n"
+    "        q_tile = program.q.buffers.index(CONSUMER + (tile >> 30)).reshape([ROWS, BLOCK_D])\n"
     "        q_left = left_operand(q_tile, s_layout, program.options.Q_COLUMNS)\n"
 )
 

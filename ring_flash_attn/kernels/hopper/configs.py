@@ -23,7 +23,6 @@ class ForwardConfig:
             What it holds whole it gives back at once, so that the next tile's can come.
         shuffles: bring 16-bit results in order for their stores by shuffles, not through shared
             memory, which blocks can have instead.
-        spills: bytes that ptxas 12.8 stores and loads for want of registers.
     """
 
     consumers: int
@@ -34,7 +33,6 @@ class ForwardConfig:
     rescale_late: bool = False
     q_columns: int = 0
     shuffles: bool = False
-    spills: int = 0
 
     @property
     def block_m(self) -> int:
@@ -67,7 +65,6 @@ FORWARD = {
         rescale_late=True,
         q_columns=128,
         shuffles=True,
-        spills=24,
     ),
 }
 

@@ -266,7 +266,8 @@ def consume(program, outputs, qk_scale, CONSUMER: gl.constexpr):
         count = _pass_over(program, count, begin, CONSUMER)
         start = block_start(band, begin, BLOCK_N)
         await_full(program.q, CONSUMER, tile)
-        q_tile = program.q.buffers.index(CONSUMER).reshape([ROWS, BLOCK_D])
+        # As in _issue_scores, 0: else ptxas finds the addresses once, and spills them.
+        q_tile = program.q.buffers.index(CONSUMER + (tile >> 30)).reshape([ROWS, BLOCK_D])
         q_left = left_operand(q_tile, s_layout, program.options.Q_COLUMNS)
         if program.options.Q_COLUMNS == BLOCK_D:
             program.q.release(CONSUMER)
