@@ -5,9 +5,12 @@
 The clock runs from a call until it returns, on an idle GPU, without a wait, with warm caches: the
 Python, torch and driver time of a pass. `per step` is a pass over its steps, one for each rank's
 keys. `per hop` is what another rank adds: the pass, less that of the same shape on one rank, over
-P - 1. The slowest rank counts. `driver` is what a pass spends inside the CUDA driver, in calls by
-themselves, and `Python` a hop without it. On a CPU it runs the reference backend over
-gloo, where the host computes and waits: the same rows, no measure of anything.
+P - 1. The slowest rank counts.
+
+`queued` is a pass behind others, while the GPU has work to do, as in training: there the host's
+caches are warm. `driver` is what of that lies inside the CUDA driver, measured in calls by
+themselves, and `Python` what is left a hop. On a CPU it runs the reference backend over gloo, where
+the host computes and waits: the same rows, no measure of anything.
 """
 
 import argparse
@@ -22,7 +25,7 @@ import rows
 import timing
 import torch
 import torch.distributed as dist
-from driver_clock import DriverClock, driver_clock
+from driver_clock import driver_clock
 from packing import BATCH, STATED, pack
 from rank_timing import over_ranks
 from torch import Tensor
@@ -34,6 +37,7 @@ EXCHANGES = ("ring", "copy-engine")
 PASSES = ("fwd", "bwd")
 WARMUP = 5
 TURN = 5  # calls of a case before the next one's turn
+BUSY_CLOCKS = 60_000_000  # of a GPU's sleep, some 30 ms: more than a turn takes the host
 Case = tuple[str, str, int]  # exchange, packing, ranks
 
 
@@ -92,21 +96,27 @@ def pass_times(run: Callable[..., Tensor], tensors: list[Tensor], calls: int) ->
     return times
 
 
-def driver_times(
-    run: Callable[..., Tensor], tensors: list[Tensor], calls: int, clock: DriverClock
+def queued_times(
+    run: Callable[..., Tensor], tensors: list[Tensor], calls: int, clock: Callable[[], float]
 ) -> list[list[float]]:
-    """Return [forward, backward] of each call in microseconds inside of the driver."""
+    """Return [forward, backward] of each call in microseconds of a clock, while the GPU is busy."""
     *leaves, dout = tensors
     times = []
     for _ in range(calls):
-        _drain()
-        begin = clock.us
+        if len(times) % TURN == 0:
+            _drain()
+            _occupy()
+        begin = clock()
         out = run(*leaves)
-        middle = clock.us
-        _drain()
+        middle = clock()
         torch.autograd.grad(out, leaves, dout)
-        times.append([middle - begin, clock.us - middle])
+        times.append([middle - begin, clock() - middle])
     return times
+
+
+def _occupy() -> None:
+    if torch.cuda.is_available():
+        torch.cuda._sleep(BUSY_CLOCKS)
 
 
 def _drain() -> None:
@@ -118,6 +128,7 @@ class Host(NamedTuple):
     """Microseconds of the host: of a pass, the slowest rank's; in the driver, the quickest's."""
 
     whole: timing.Quantiles
+    queued: float
     driver: float
 
 
@@ -140,14 +151,19 @@ def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], Host]
     times = timing.interleaved(runs, turns, lambda run: pass_times(run, tensors, TURN))
     found = {}
     for case, pairs in times.items():
+        queued = queued_times(runs[case], tensors, o.repeats, lambda: 1e6 * time.perf_counter())
         with driver_clock() as clock:
-            inside = driver_times(runs[case], tensors, o.repeats, clock)
+            inside = queued_times(runs[case], tensors, o.repeats, lambda clock=clock: clock.us)
         for i, pass_ in enumerate(PASSES):
-            own = [*timing.quantiles([us[i] for us in pairs])]
-            whole = timing.Quantiles(*over_ranks(own, dist.ReduceOp.MAX, place))
-            median = timing.quantiles([us[i] for us in inside]).p50
-            found[case, pass_] = Host(whole, *over_ranks([median], dist.ReduceOp.MIN, place))
+            own = [*_of_pass(pairs, i), _of_pass(queued, i).p50]
+            *whole, behind = over_ranks(own, dist.ReduceOp.MAX, place)
+            driver = over_ranks([_of_pass(inside, i).p50], dist.ReduceOp.MIN, place)
+            found[case, pass_] = Host(timing.Quantiles(*whole), behind, *driver)
     return found
+
+
+def _of_pass(times: list[list[float]], index: int) -> timing.Quantiles:
+    return timing.quantiles([us[index] for us in times])
 
 
 def table(o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], Host]) -> list[dict]:
@@ -156,18 +172,19 @@ def table(o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], Hos
     shape = {"dtype": "bf16", "local_len": o.local_len, "heads": o.heads}
     shape |= {"kv_heads": o.kv_heads, "head_dim": o.head_dim, "world_size": place.world_size}
     made = []
-    for ((exchange, packing, ranks), pass_), (us, driver) in found.items():
+    for ((exchange, packing, ranks), pass_), (us, queued, driver) in found.items():
         if ranks < place.world_size:
             continue
         alone = found[(exchange, packing, 1), pass_]
         one = alone.whole.p50
-        hops, python = us.p50 - one, us.p50 - driver - (one - alone.driver)
+        hops, python = us.p50 - one, queued - driver - (alone.queued - alone.driver)
         made.append(
             source
             | shape
             | {"exchange": exchange, "packing": packing, "pass": pass_, "us_one_rank": one}
             | {"us_p20": us.p20, "us_p50": us.p50, "us_p80": us.p80, "us_per_step": us.p50 / ranks}
-            | {"us_per_hop": hops / (ranks - 1) if ranks > 1 else None, "us_driver": driver}
+            | {"us_per_hop": hops / (ranks - 1) if ranks > 1 else None}
+            | {"us_queued": queued, "us_driver": driver}
             | {"us_python_per_hop": python / (ranks - 1) if ranks > 1 else None}
         )
     return made
@@ -195,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{place.world_size} ranks {row['exchange']:11} {row['packing']:6} "
                     f"{row['pass']}: {row['us_p50']:.0f} us ({row['us_p20']:.0f}-"
                     f"{row['us_p80']:.0f}), per step {row['us_per_step']:.1f}, per hop {hop}, "
-                    f"one rank {row['us_one_rank']:.0f}, driver {row['us_driver']:.0f}",
+                    f"one rank {row['us_one_rank']:.0f}, queued {row['us_queued']:.0f}, "
+                    f"driver {row['us_driver']:.0f}",
                     flush=True,
                 )
                 if options.csv:

@@ -31,14 +31,14 @@ RING = (
 HOST = (
     *("run", "date", "commit", "tree", "gpu", "cpu", "torch", "triton", "world_size", "exchange"),
     *("packing", "pass", "dtype", "local_len", "heads", "kv_heads", "head_dim"),
-    *("us_p20", "us_p50", "us_p80", "us_one_rank", "us_per_step", "us_per_hop", "us_driver"),
-    "us_python_per_hop",
+    *("us_p20", "us_p50", "us_p80", "us_one_rank", "us_per_step", "us_per_hop"),
+    *("us_queued", "us_driver", "us_python_per_hop"),
 )
 # Columns that came later, and what the rows before them have there.
 LATER = {
     KERNELS: {"packing": "batch", "ceiling": ""},
     RING: {"queued": "0"},
-    HOST: {"us_driver": "", "us_python_per_hop": ""},
+    HOST: {"us_queued": "", "us_driver": "", "us_python_per_hop": ""},
 }
 
 

@@ -36,6 +36,7 @@ def tma_load(
         result.values[...] = filling
         result.values[inside] = tensor_desc.memory.read(index)
 
+    result.check_read("TMA load")
     result.spoil_overlapping()
     result.values[...] = poison(result.dtype)
     barrier_in(barrier).in_flight.append((land, tensor_desc.block_type.nbytes))

@@ -148,6 +148,7 @@ class SharedMemory:
         return SharedMemory(values, self.dtype, self.layout, self._overlaps)
 
     def load(self, layout: Any) -> Tensor:
+        self._overlaps.note_load(self.values)
         return Tensor(self.values.copy(), self.dtype)
 
     def store(self, value: Tensor) -> None:
@@ -162,6 +163,10 @@ class SharedMemory:
     def check_fenced(self, what: str) -> None:
         """Raise if TMA or wgmma are to read what a partition has stored and not fenced since."""
         self._overlaps.check_fenced(self.values, what)
+
+    def check_read(self, what: str) -> None:
+        """Raise if the TMA is to overwrite what a partition has loaded and not fenced since."""
+        self._overlaps.check_read(self.values, what)
 
 
 class Rearranged(SharedMemory):
@@ -182,6 +187,7 @@ class Rearranged(SharedMemory):
         self._seen = tuple(layout.places().T)
 
     def load(self, layout: Any) -> Tensor:
+        self._overlaps.note_load(self.values)
         values = np.empty_like(self.values)
         values[self._seen] = self.values[self._box]
         return Tensor(values, self.dtype)
@@ -195,26 +201,38 @@ class Rearranged(SharedMemory):
 class Overlaps:
     """Views of the same bytes as different types: each in an array of its own.
 
-    And which of them partitions have stored and not fenced since.
+    And which of them partitions have stored, or loaded, and not fenced since.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[tuple, tuple[np.ndarray, Dtype, np.ndarray, Dtype]] = {}
-        self._unfenced: dict[tuple, np.ndarray] = {}
+        self._stored: dict[tuple, np.ndarray] = {}
+        self._loaded: dict[tuple, np.ndarray] = {}
 
     def note_store(self, values: np.ndarray) -> None:
         """Note that the running partition has stored, until its fence."""
-        task = here()
-        key = task, values.__array_interface__["data"][0], values.shape, values.strides
-        if key not in self._unfenced:
-            self._unfenced[key] = values
-            task.unfenced.append(lambda: self._unfenced.pop(key))
+        _note(self._stored, values)
+
+    def note_load(self, values: np.ndarray) -> None:
+        """Note that the running partition has loaded, until its fence."""
+        _note(self._loaded, values)
 
     def check_fenced(self, values: np.ndarray, what: str) -> None:
         """Raise if a partition has stored any of these bytes and not fenced since."""
-        for (task, *_), stored in self._unfenced.items():
+        for (task, *_), stored in self._stored.items():
             if np.shares_memory(stored, values):
                 raise EmulationError(f"{what} reads what {task.name} has stored without a fence")
+
+    def check_read(self, values: np.ndarray, what: str) -> None:
+        """Raise if a partition has loaded any of these bytes, as any type, and not fenced since."""
+        changed = [values]
+        for one, _, two, _ in self._pairs.values():
+            changed += [b for a, b in ((one, two), (two, one)) if np.shares_memory(a, values)]
+        for (task, *_), loaded in self._loaded.items():
+            if any(np.shares_memory(loaded, x) for x in changed):
+                raise EmulationError(
+                    f"{what} writes over what {task.name} has read without a fence"
+                )
 
     def other(self, memory: SharedMemory, dtype: Dtype, shape: list[int]) -> np.ndarray:
         """Return the array that stands for the bytes of `memory` as another type."""
@@ -232,8 +250,17 @@ class Overlaps:
                 one[...] = poison(one_type)
 
 
+def _note(noted: dict[tuple, np.ndarray], values: np.ndarray) -> None:
+    """Keep what the running partition has touched, until its fence."""
+    task = here()
+    key = task, values.__array_interface__["data"][0], values.shape, values.strides
+    if key not in noted:
+        noted[key] = values
+        task.unfenced.append(lambda: noted.pop(key))
+
+
 def fence_async_shared(cluster: bool = False) -> None:
-    """Let TMA and wgmma see what this partition has stored in shared memory."""
+    """Let TMA and wgmma see what this partition has stored, and write over what it has loaded."""
     unfenced = here().unfenced
     while unfenced:
         unfenced.pop()()

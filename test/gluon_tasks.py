@@ -63,7 +63,7 @@ class Task:
     It can go on if `ready` says so, or once `complete` has ended what is asynchronous and says so;
     with `last` only when nobody else can.
     `products` are its wgmmas not executed yet, `stores` its TMA stores, both oldest first.
-    `unfenced` forgets what it has stored in shared memory since its last fence.
+    `unfenced` forgets what it has stored in and loaded from shared memory since its last fence.
     """
 
     def __init__(

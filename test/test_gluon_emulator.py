@@ -329,6 +329,41 @@ def kernel(out):
     assert out.tolist() == [16]
 
 
+def test_what_is_loaded_is_fenced_before_the_tma_writes_over_it(load):
+    source = """
+@gluon.jit
+def _consume(out, tile, full, empty):
+    for i in range(2):
+        mbarrier.wait(full, i)
+        gl.store(out + i, gl.max(tile.load(None)))
+        fence_async_shared()
+        mbarrier.arrive(empty, count=1)
+
+@gluon.jit
+def _produce(x, tile, full, empty):
+    for i in range(2):
+        mbarrier.wait(empty, i & 1 ^ 1)
+        mbarrier.expect(full, x.block_type.nbytes)
+        tma.async_copy_global_to_shared(x, [8 * i, 0], full, tile)
+
+@gluon.jit
+def kernel(x, out):
+    tile = gl.allocate_shared_memory(gl.float32, [8, 8], None)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    mbarrier.init(empty, count=1)
+    given = (tile, full, empty)
+    gl.warp_specialize([(_consume, (out, *given)), (_produce, (x, *given))], [1], [24])
+"""
+    x, out = torch.arange(128.0).view(16, 8), torch.zeros(2)
+    descriptor = TensorDescriptor(x, [16, 8], [8, 1], [8, 8], None)
+    load(source).kernel[(1,)](descriptor, out)
+    assert out.tolist() == [63, 127]
+    with pytest.raises(EmulationError, match=r"TMA load writes over what .*_consume.* has read"):
+        load(source, {"        fence_async_shared()\n": ""}).kernel[(1,)](descriptor, out)
+
+
 def test_a_linear_layout_in_place_of_the_swizzle_of_a_box(load):
     source = """
 @gluon.jit

@@ -211,6 +211,7 @@ BUGS = {
 }
 
 
+FENCE = "        fence_async_shared()  # see release in slots.py\n"
 GIVEN_BACK = (
     "        if program.options.Q_COLUMNS == BLOCK_D:\n            program.q.release(CONSUMER)\n"
 )
@@ -223,7 +224,13 @@ READ = (
 
 
 @pytest.mark.parametrize(
-    "bug", [{READ + GIVEN_BACK: GIVEN_BACK + READ}, {GIVEN_BACK: ""}], ids=["before", "never"]
+    "bug",
+    [
+        {READ + GIVEN_BACK: GIVEN_BACK + READ},
+        {GIVEN_BACK: ""},
+        {FENCE + "    return tile\n": "    return tile\n"},
+    ],
+    ids=["before", "never", "unfenced"],
 )
 def test_q_in_registers_is_given_back_once_it_is_read(emulated, bug):
     # Tiles of one block: the producer is at the next one's Q before a consumer has read this one's.
@@ -233,6 +240,13 @@ def test_q_in_registers_is_given_back_once_it_is_read(emulated, bug):
     except (EmulationError, AssertionError) as failure:
         broken = [str(failure)]
     assert broken
+
+
+def test_the_old_state_is_read_before_its_slot_is_given_back(emulated):
+    given = inputs(Shape(612, 612, 2, 2, 1, 64), torch.bfloat16)
+    bug = {"        " + FENCE + "            slots": "            slots"}
+    with pytest.raises(EmulationError, match=r"writes over what .*consume.* has read without"):
+        check(emulated(bugs=bug), FULL, "contiguous", 2, given)
 
 
 @pytest.mark.parametrize("name", BUGS)

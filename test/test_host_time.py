@@ -52,7 +52,7 @@ def test_steps_and_hops_add_up(measured):
         assert us["us_per_hop"] == pytest.approx(hops, rel=1e-3, abs=1e-3 * us["us_p50"])
         # On a CPU there is no driver; else a hop takes some of it.
         assert (us["us_driver"] > 0) == torch.cuda.is_available()
-        assert us["us_python_per_hop"] <= us["us_per_hop"] + 1e-3 * us["us_p50"]
+        assert us["us_driver"] < us["us_queued"]
 
 
 def test_the_clock_counts_what_it_is_given_and_nothing_else(monkeypatch):

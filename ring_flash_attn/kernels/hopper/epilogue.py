@@ -2,6 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.core import _aggregate as aggregate
 
 from .forward_program import ROWS, state_columns, state_piece, state_pieces, state_turns
@@ -153,6 +154,7 @@ def _merge_parts(parts, weight, old_weight, place, program, count, CONSUMER: gl.
                         program.options.SHUFFLES,
                         True,
                     )
+                fence_async_shared()  # see release in slots.py
             slots.release(slot)
         count += 1
     return count

@@ -6,7 +6,7 @@ columns of scores as many bytes as the right one, all that shared memory gives i
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 
 @gluon.jit
@@ -15,6 +15,7 @@ def left_operand(tile, layout: gl.constexpr, COLUMNS: gl.constexpr):
     if COLUMNS > 0:
         operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
         tile = tile.slice(0, COLUMNS, 1).load(operand)
+        fence_async_shared()  # see release in slots.py
     return tile
 
 

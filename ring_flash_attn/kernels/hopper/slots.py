@@ -25,7 +25,13 @@ class Slots:
 
     @gluon.jit
     def release(self, slot):
-        """Say that this partition has read a slot."""
+        """Say that this partition has read a slot.
+
+        What it has read into registers, and the TMA fills next, behind fence_async_shared: loads
+        and the TMA go different ways, so that without one what the TMA brings next can be what the
+        loads return, also where all warps have met after them. Products in shared memory are over
+        at their wait.
+        """
         mbarrier.arrive(self.empty.index(slot), count=1)
 
     @gluon.jit
@@ -102,7 +108,7 @@ class Blocks:
 
     @gluon.jit
     def release(self, slot):
-        """Say that this warpgroup has read a slot, which it has seen full."""
+        """Say that this warpgroup has read a slot, which it has seen full; see Slots.release."""
         arrive_at(slot + self.FIRST, self.THREADS)
 
     @gluon.jit
