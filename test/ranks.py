@@ -103,6 +103,9 @@ def _enter(
             timeout=timedelta(seconds=120),
             device_id=device,
         )
+        if transport == "gloo":
+            # A rank whose work needs no other must not end while others still connect to it.
+            dist.barrier()
         torch.save(work(rank, *args), Path(folder, f"result{rank}"))
         dist.destroy_process_group()
         code = 0

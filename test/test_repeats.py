@@ -81,7 +81,7 @@ def test_another_result_is_found(device, steps):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_thousands_on_a_gpu(head_dim, steps):
     found = differing(LENGTHS, head_dim, 32, steps, RUNS, torch.device("cuda"))
     assert not found, (len(found), found[:5])
