@@ -1,8 +1,9 @@
 """Thousands of passes over the same packed documents, each bitwise the first.
 
 What a kernel does too early now and then shows here, not in an error against the truth: once a
-consumer let its slot of Q be filled anew before its loads had returned, and one forward in 2000 had
-some rows of one tile wrong. It takes short tiles between long ones, so documents of many lengths.
+consumer let its slot of Q be filled anew before its loads had returned, and in few of its calls
+some rows of one tile were wrong. It takes short tiles between long ones, so documents of many
+lengths.
 The test itself runs on any machine.
 """
 

@@ -22,9 +22,9 @@ PROCESSES = 4
 
 
 class Work(NamedTuple):
-    """What every process computes for so many seconds; spoiled: change a number of that result,
-    of out a little.
+    """What every process computes for so many seconds.
 
+    spoiled: a result to change a number of, of out a little.
     On a GPU the backward of 8192 rows takes longer than a process gets at a time.
     """
 

@@ -1,8 +1,8 @@
 """How to launch the Hopper kernels: one checked-in row per width of their tiles.
 
 test/test_aot.py compiles every row, benchmark/tune.py searches for better ones. Numbers are
-TFLOP/s, causal and full, of run k6 in benchmark/results/kernels.csv: bfloat16, H200, 2026-11-29; in
-brackets batch, length, query and key heads.
+TFLOP/s, causal and full, of run k7 in benchmark/results/kernels.csv (D 256 full: of
+k6): bfloat16, H200, 2026-11-29; in brackets batch, length, query and key heads.
 """
 
 from dataclasses import dataclass
@@ -51,11 +51,11 @@ class ForwardConfig:
 
 # By the width of the tiles, for both 16-bit dtypes: same size, same instructions.
 FORWARD = {
-    # 464, 505 (4, 4096, 32/32)
+    # 459, 508 (4, 4096, 32/32)
     64: ForwardConfig(3, 128, k_stages=2, v_stages=3, ping_pong=True),
-    # 662, 663 (1, 16384, 16/16); 653, 666 (1, 8192, 32/8); 665, 657 (1, 32768, 32/8)
+    # 663, 664 (1, 16384, 16/16); 681, 660 (1, 8192, 32/8); 665, 660 (1, 32768, 32/8)
     128: ForwardConfig(2, 128, k_stages=2, v_stages=3, ping_pong=False, q_columns=128),
-    # 687, 703 (1, 8192, 16/16)
+    # 654, 703 (1, 8192, 16/16)
     256: ForwardConfig(
         2,
         64,
@@ -122,9 +122,9 @@ class BackwardConfig:
 
 # The design document has the ratios to FlashAttention-3 and to the portable kernels.
 BACKWARD = {
-    # 443, 482 (4, 4096, 32/32)
+    # 441, 487 (4, 4096, 32/32)
     64: BackwardConfig(keys_in_registers=True),
-    # 576, 571 (1, 16384, 16/16); 560, 562 (1, 8192, 32/8); 578, 597 (1, 32768, 32/8)
+    # 568, 563 (1, 16384, 16/16); 561, 558 (1, 8192, 32/8); 576, 584 (1, 32768, 32/8)
     128: BackwardConfig(one_dq_stage=True, spills=52),
 }
 
@@ -159,7 +159,7 @@ class WideConfig:
         return 64
 
 
-# 462, 457 (1, 8192, 16/16)
+# 454, 457 (1, 8192, 16/16)
 WIDE = {256: WideConfig(stages=3, query_columns=64, spills=16)}
 
 
