@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def attend(case: Case, o: argparse.Namespace, place: Place, group) -> Callable[..., Tensor]:
-    """Return q, k, v [1, L, H, D] -> out, causal zigzag, on the ranks of `group`."""
+    """Return q, k, v -> out, causal zigzag, on the ranks of `group`; packed ones [T, H, D]."""
     exchange, packing, _ = case
     backend = "triton" if place.device.type == "cuda" else "reference"
     options = {"layout": "zigzag", "causal": True, "backend": backend, "group": group}
@@ -73,7 +73,7 @@ def attend(case: Case, o: argparse.Namespace, place: Place, group) -> Callable[.
     edges = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=place.device)
     given = cu_seqlens, max(lengths)
-    return lambda q, k, v: packed_attention(q[0], k[0], v[0], *given, **options)[0].unsqueeze(0)
+    return lambda q, k, v: packed_attention(q, k, v, *given, **options)[0]
 
 
 def pass_times(run: Callable[..., Tensor], tensors: list[Tensor], calls: int) -> list[list[float]]:
@@ -136,24 +136,28 @@ def measure(o: argparse.Namespace, place: Place) -> dict[tuple[Case, str], Host]
     """Return the host's microseconds by case and pass, the cases in turn."""
     alone = [dist.new_group([rank]) for rank in range(place.world_size)][place.rank]
     torch.manual_seed(place.rank)
-    tensors = [
+    drawn = [
         torch.randn(1, o.local_len, heads, o.head_dim, device=place.device, dtype=torch.bfloat16)
         for heads in (o.heads, o.kv_heads, o.kv_heads, o.heads)
     ]
-    for x in tensors[:3]:
+    # Leaves of their own: a view between would have a gradient to make, of all rows.
+    packings = {BATCH: drawn, STATED: [x[0].clone() for x in drawn]}
+    for x in (x for packing in packings.values() for x in packing[:3]):
         x.requires_grad_()
     cases = list(itertools.product(o.exchanges, o.packed, sorted({1, place.world_size})))
     runs = {case: attend(case, o, place, None if case[2] > 1 else alone) for case in cases}
-    for run in runs.values():
-        pass_times(run, tensors, WARMUP)
+    given = {case: (run, packings[case[1]]) for case, run in runs.items()}
+    for run in given.values():
+        pass_times(*run, WARMUP)
     dist.barrier()
     turns = -(-o.repeats // TURN)
-    times = timing.interleaved(runs, turns, lambda run: pass_times(run, tensors, TURN))
+    times = timing.interleaved(given, turns, lambda run: pass_times(*run, TURN))
     found = {}
     for case, pairs in times.items():
-        queued = queued_times(runs[case], tensors, o.repeats, lambda: 1e6 * time.perf_counter())
+        run, tensors = given[case]
+        queued = queued_times(run, tensors, o.repeats, lambda: 1e6 * time.perf_counter())
         with driver_clock() as clock:
-            inside = queued_times(runs[case], tensors, o.repeats, lambda clock=clock: clock.us)
+            inside = queued_times(run, tensors, o.repeats, lambda clock=clock: clock.us)
         for i, pass_ in enumerate(PASSES):
             own = [*_of_pass(pairs, i), _of_pass(queued, i).p50]
             *whole, behind = over_ranks(own, dist.ReduceOp.MAX, place)

@@ -14,8 +14,9 @@ import oracle
 from gluon_emulator import EmulationError
 from hopper_backward_cases import CAUSAL, FULL, MARKS, check, emulation, wrong
 from ring_flash_attn.backends import hopper, hopper_backward
-from ring_flash_attn.backends.base import GradTarget, Saved, TargetOnRequest
-from ring_flash_attn.backends.work import backward_inputs
+from ring_flash_attn.backends.base import GradTarget, TargetOnRequest
+from ring_flash_attn.backends.descriptors import like
+from ring_flash_attn.backends.work import BackwardInputs
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.layout import Layout
 from ring_flash_attn.core.merge import merge_plan
@@ -102,14 +103,14 @@ def test_few_programs_share_out_the_query_heads_of_a_key_head(
     backend = emulated()
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 10_000)
     used = set()
-    launch_fused = hopper_backward.HopperStep.launch_fused
+    launch = hopper_backward.FusedStep._fused
 
-    def note(self, config, dq, target, copies=1):
+    def note(self, step_plan, given, dq, target, copies=1):
         used.add(copies)
         assert target.dk.shape[2] == heads[1] * copies
-        launch_fused(self, config, dq, target, copies)
+        launch(self, step_plan, given, dq, target, copies)
 
-    monkeypatch.setattr(hopper_backward.HopperStep, "launch_fused", note)
+    monkeypatch.setattr(hopper_backward.FusedStep, "_fused", note)
     given = inputs(Shape(144, 144, 2, *heads, 64), torch.bfloat16)
     broken = check(backend, CAUSAL, "zigzag" if landing else "contiguous", 2, given, landing)
     assert used == {copies} and not broken, "\n".join(broken)
@@ -270,15 +271,18 @@ def test_rows_that_saw_nothing_have_no_gradient(emulated):
 
 def test_wide_heads_are_as_repeatable_as_deterministic_asks(emulated):
     x = torch.zeros(1, 4, 2, 256, dtype=torch.bfloat16)
-    choice = emulated()._choices(Attention(1.0, deterministic=True), x, False)
+    choice = emulated()._choices(Attention(1.0, deterministic=True), like(x), x.device, False)
     assert choice.hopper_backward is WIDE[256]
     assert {(side.keys, side.tile_rows) for side in choice.sides} >= {(True, 64), (False, 128)}
 
 
 def test_deterministic_gradients_come_from_the_portable_kernels(emulated):
     backend = emulated()
-    x = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
-    choose = [backend._choices(Attention(1.0, deterministic=d), x, False) for d in (False, True)]
+    zeros = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    choose = [
+        backend._choices(Attention(1.0, deterministic=x), like(zeros), zeros.device, False)
+        for x in (False, True)
+    ]
     assert choose[0].hopper_backward is BACKWARD[64] and choose[1].hopper_backward is None
     assert choose[0].hopper_forward is None
     assert {side.tile_rows for side in choose[0].sides if side.keys} == {BACKWARD[64].key_rows}
@@ -309,10 +313,10 @@ def test_what_it_can_address():
         return dict.fromkeys(("q", "k", "v", "dout"), x) | changed
 
     def addresses(sources, dq, documents, config=BACKWARD[64]):
-        rows = torch.zeros(1, 4, 6)
-        saved = Saved(sources["dout"], sources["q"], rows, None, rows)
-        inputs = backward_inputs(Attention(1.0), saved, sources, documents)
-        return hopper_backward.addresses(config, inputs, dq)
+        rows = torch.zeros(1, 4, 6).stride()
+        likes = [like(x) for x in sources.values()]
+        inputs = BackwardInputs(*likes, rows, rows, 1.0, documents)
+        return hopper_backward.addresses(config, inputs, None if dq is None else like(dq))
 
     dq = torch.zeros(1, 6, 4, 64)
     for documents in (False, True):

@@ -155,6 +155,7 @@ MAY_IMPORT = {
     "core.gather_forms": (
         "core.agree",
         "core.forms",
+        "core.function",
         "core.gather",
         "core.packed_api",
         "core.packed_forms",

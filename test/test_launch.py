@@ -230,7 +230,7 @@ def test_another_dtype_is_bound_by_itself(prepared, name):
 def test_another_device_is_bound_by_itself(prepared, monkeypatch):
     start, _, bound = prepared
     start(1, given())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
     start(1, given())
     assert len(bound) == 2
 

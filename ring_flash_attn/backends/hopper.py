@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.hopper.configs import ForwardConfig, forward_config
 from .descriptors import Like, cut_shape, tma_shape
-from .documents import Side
+from .documents import Side, Table
 from .launch import ADDRESS, Described, Launch, current_stream, strides
 from .work import heads
 
@@ -115,10 +115,13 @@ def forward_launch(
     return Launch(_hopper_fwd_kernel, arguments, num_warps=4, maxnreg=at_launch)
 
 
-def launch_forward(start: Launch, device: torch.device, given: dict[str, Any]) -> None:
+def launch_forward(
+    start: Launch, device: torch.device, table: Table, given: dict[str, Any]
+) -> None:
     """Launch what forward_launch returned: as many programs as run at a time, at most."""
+    given["tiles_ptr"], given["entries_ptr"], given["n_tiles"] = table
     given["counter_ptr"] = _counter(device)
-    items = given["n_tiles"] * start.arguments["n_heads"]
+    items = table.n_tiles * start.arguments["n_heads"]
     start(min(items, multiprocessors(device)), given)
 
 

@@ -5,8 +5,8 @@ finished. Above it are two kernels, for dq and for dk and dv, like the portable 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,23 @@ from ..kernels.configs import block_d
 from ..kernels.hopper.configs import BackwardConfig, WideConfig, backward_config
 from ..kernels.rows import _rows_kernel
 from . import hopper
-from .base import GradTarget, Saved, Step
-from .descriptors import Like, addressable, like
+from .base import GradTarget, Step
+from .descriptors import Like, addressable, key_of, like
 from .documents import Side
 from .hopper_choice import Work, config_for, copies_for
-from .launch import ADDRESS, Described, Launch, strides, targets
-from .work import BackwardInputs, heads, source_arguments, span_of, tables
+from .launch import ADDRESS, Described, Launch, strides
+from .two_kernels import TwoKernelStep
+from .work import (
+    BackwardInputs,
+    StepTables,
+    heads,
+    kept,
+    source_arguments,
+    start_on,
+    target_key,
+    target_likes,
+    target_tensors,
+)
 
 if hopper.SUPPORTED:
     from ..kernels.hopper.backward import _hopper_bwd_kernel
@@ -57,146 +68,116 @@ def unsupported(
     return reasons
 
 
-def addresses(
-    config: BackwardConfig | WideConfig, inputs: BackwardInputs, dq: Tensor | None
-) -> bool:
+def addresses(config: BackwardConfig | WideConfig, inputs: BackwardInputs, dq: Like | None) -> bool:
     """Return whether the kernels can address these tensors, which views of others may forbid.
 
     Args:
-        dq: the state [B, L, H, D]; None: there is none.
+        dq: what the state [B, L, H, D] is like; None: there is none.
     """
     tensors = [inputs.q, inputs.k, inputs.v, inputs.dout]
     if isinstance(config, BackwardConfig) and dq is not None:
         if dq.dtype != torch.float32:
             return False
-        tensors.append(like(dq))
+        tensors.append(dq)
     return all(addressable(x, inputs.documents) for x in tensors)
 
 
-class HopperStep(NamedTuple):
-    """One step's backward.
+class FusedStep:
+    """One step's backward up to head dim 128.
 
-    Fused, dq is summed over the programs by atomic adds, so it is zeroed before the first step, and
-    rows that a step finishes are rounded to the result after it. That is one pass over the float32
-    dq each (4 bytes written, and 4 read and 2 written a number, once a call), and a plan of one
-    step has a float32 dq too.
+    dq is summed over the programs by atomic adds, so it is zeroed before the first step, and rows
+    that a step finishes are rounded to the result after it. That is one pass over the float32 dq
+    each (4 bytes written, and 4 read and 2 written a number, once a call), and a plan of one step
+    has a float32 dq too.
 
-    Attributes:
-        sources: q, k, v, dout by name, their last dimension contiguous. inputs: what they are like.
-        queries: what cuts the rows of queries into tiles. sides: all that the call will want.
+    Args:
+        config: a row; the step's work decides the order of heads and the slots of dq.
+        dq, result: what the tensors are like that each call brings; None: it brings none.
+        queries: what cuts the rows of queries into tiles.
     """
 
-    config: BackwardConfig | WideConfig
-    attention: Attention
-    step_plan: Step
-    saved: Saved
-    sources: dict[str, Tensor]
-    inputs: BackwardInputs
-    queries: Side
-    sides: tuple[Side, ...]
-
-    @property
-    def keys(self) -> Side:
-        """What cuts the rows of keys into tiles."""
-        return Side(True, self.config.key_rows)
-
-    def run(
-        self, dq: Tensor | None, result: Tensor | None, dkv_target: Callable[[], GradTarget]
-    ) -> None:
-        """Do as Backend.backward, on the current device."""
-        if isinstance(self.config, WideConfig):
-            self._launch_dq(self.config, *targets(dq, result))
-            self._launch_dkv(self.config, dkv_target())
-        else:
-            self._run_fused(self.config, dq, result, dkv_target)
-
-    def _run_fused(
+    def __init__(
         self,
         config: BackwardConfig,
+        attention: Attention,
+        step_plan: Step,
+        inputs: BackwardInputs,
+        dq: Like | None,
+        result: Like | None,
+        tables: StepTables,
+        queries: Side,
+    ) -> None:
+        self._alive, self._inputs, self._tables = kept(step_plan), inputs, tables
+        self._first, self._queries, self._keys = (
+            step_plan.first,
+            queries,
+            Side(True, config.key_rows),
+        )
+        full = _full(attention, step_plan)
+        work = _work(step_plan, inputs, tables.of(step_plan, self._keys).n_tiles, full)
+        self._copies = copies_for(work, hopper.multiprocessors(tables.device))
+        self._config, self._rotate = config_for(config, work), config.rotate and full
+        # A finished dq is rounded to the result: at once where there is no other step.
+        self._rounds = result is not None and (dq is None or _finishes(step_plan))
+        self._finished = dq is not None
+        self._starts: dict[tuple, Launch] = {}
+
+    def run(
+        self,
+        step_plan: Step,
+        given: dict[str, Tensor],
         dq: Tensor | None,
         result: Tensor | None,
         dkv_target: Callable[[], GradTarget],
     ) -> None:
-        q, k = self.sources["q"], self.sources["k"]
-        summed = _float32_like(q) if dq is None else dq
-        if self.step_plan.first:
+        """As BackwardStep."""
+        summed = _float32_like(given["q"]) if dq is None else dq
+        if self._first:
             summed.zero_()
-        work = self._work()
-        config = config_for(config, work)
-        copies = copies_for(work, hopper.multiprocessors(q.device))
-        late = not self.step_plan.first and getattr(dkv_target, "late", True)
-        if copies == 1 and not late:
-            self.launch_fused(config, summed, dkv_target())
+        late = not self._first and getattr(dkv_target, "late", True)
+        if self._copies == 1 and not late:
+            self._fused(step_plan, given, summed, dkv_target())
         else:
             # Added after the kernel, which would have to wait for the accumulator to arrive. That
             # is 20 bytes of memory traffic a number of dk and dv, for a transfer that is hidden.
-            dk, dv = _float32_like(k, copies), _float32_like(k, copies)
-            self.launch_fused(config, summed, GradTarget(dk, dv, add=False), copies)
+            dk, dv = (_float32_like(given["k"], self._copies) for _ in range(2))
+            self._fused(step_plan, given, summed, GradTarget(dk, dv, add=False), self._copies)
             target = dkv_target()
             for own, total in ((dk, target.dk), (dv, target.dv)):
-                self._move(own, total, self.keys, target.offsets, ADD=target.add, COPIES=copies)
-        if result is None or result is dq:
-            return
-        if dq is None:
-            self._move(summed, result, self.queries)
-        elif self._finishes():
-            self._move(summed, result, self.queries, FINISHED=True)
+                self._add(step_plan, own, total, target)
+        if self._rounds and result is not None and result is not dq:
+            self._move(step_plan, self._queries, summed, result, FINISHED=self._finished)
 
-    def _work(self) -> Work:
-        q, k = self.inputs.q, self.inputs.k
-        n_tiles = tables(self.step_plan, self.keys, self.sides, self.saved.lse.device)["n_tiles"]
-        documents = isinstance(self.step_plan, DocumentsStep)
-        return Work(
-            programs=n_tiles * k.shape[0] * k.shape[2],
-            group=q.shape[2] // k.shape[2],
-            full=self._full(),
-            windowed=_windowed(self.step_plan),
-            head_numbers=0 if documents else q.shape[1] * q.shape[3],
-        )
-
-    def _finishes(self) -> bool:
-        """Return whether the step finishes any rows."""
-        step = self.step_plan
-        if isinstance(step, DocumentsStep):
-            return bool(step.plan.steps[step.index].finished)
-        return bool(step.finished)
-
-    def _full(self) -> bool:
-        """Return whether every query sees every key of what it meets."""
-        if isinstance(self.step_plan, DocumentsStep):
-            return not self.attention.masked
-        return all(block.full for block in self.step_plan.blocks)
-
-    def launch_fused(
-        self, config: BackwardConfig, dq: Tensor, target: GradTarget, copies: int = 1
+    def _fused(
+        self,
+        step_plan: Step,
+        given: dict[str, Tensor],
+        dq: Tensor,
+        target: GradTarget,
+        copies: int = 1,
     ) -> None:
         """Add to dq, float32, and store or add dk and dv, `copies` heads of each for one of k."""
-        rotate, span = config.rotate and self._full(), span_of(self.step_plan, target)
-        start = _fused_launch(config, self.inputs, like(dq), *_likes(target), span, rotate, copies)
-        self._launch(start, self.keys, {"dq": dq} | _given(target))
+        of_target = target_key(step_plan, target)
+        key = key_of(dq), of_target, copies
+        start = self._starts.get(key)
+        if start is None:
+            likes = like(dq), *target_likes(of_target)
+            start = _fused_launch(self._config, self._inputs, *likes, self._rotate, copies)
+            self._starts[key] = start
+        table = self._tables.of(step_plan, self._keys)
+        start_on(table, start, given | {"dq": dq} | target_tensors(target))
 
-    def _launch_dq(self, config: WideConfig, dq: Tensor, result: Tensor) -> None:
-        """Store or add dq, in the result where it is finished."""
-        start = _wide_dq_launch(config, self.inputs, like(dq), not self.step_plan.first)
-        self._launch(start, self.queries, {"dq_ptr": dq, "result_ptr": result})
-
-    def _launch_dkv(self, config: WideConfig, target: GradTarget) -> None:
-        """Store or add dk and dv."""
-        span = span_of(self.step_plan, target)
-        start = _wide_dkv_launch(config, self.inputs, *_likes(target), span)
-        self._launch(start, self.keys, _given(target))
-
-    def _launch(self, start: Launch, side: Side, given: dict[str, Any]) -> None:
-        """Launch one program for each of a side's tiles and each head."""
-        given |= self.sources | {"lse_ptr": self.saved.lse, "delta_ptr": self.saved.delta}
-        given |= tables(self.step_plan, side, self.sides, self.saved.lse.device)
-        start(given["n_tiles"] * start.arguments["n_heads"], given)
+    def _add(self, step_plan: Step, own: Tensor, total: Tensor, target: GradTarget) -> None:
+        """Store or add to one of a target's tensors the sum over the copies of its own."""
+        offsets, how = target.offsets, {"ADD": target.add, "COPIES": self._copies}
+        self._move(step_plan, self._keys, own, total, offsets, **how)
 
     def _move(
         self,
+        step_plan: Step,
+        side: Side,
         source: Tensor,
         target: Tensor,
-        side: Side,
         offsets: Tensor | None = None,
         **constants: int,
     ) -> None:
@@ -206,10 +187,55 @@ class HopperStep(NamedTuple):
             offsets: of keys of several sources, as GradTarget has them.
             constants: COPIES: so many heads of source are summed for each of the target.
         """
-        q, k, span = self.inputs.q, self.inputs.k, 0 if offsets is None else self.step_plan.span
-        start = _rows_launch(q, k, side, like(source), like(target), span, **constants)
+        span = 0 if offsets is None else step_plan.span
+        key = side.keys, key_of(source), key_of(target), span, *constants.values()
+        start = self._starts.get(key)
+        if start is None:
+            q, k = self._inputs.q, self._inputs.k
+            start = _rows_launch(q, k, side, like(source), like(target), span, **constants)
+            self._starts[key] = start
         given = {"source_ptr": source, "target_ptr": target, "offsets_ptr": offsets}
-        self._launch(start, side, given)
+        start_on(self._tables.of(step_plan, side), start, given)
+
+
+def wide_step(
+    config: WideConfig, step_plan: Step, inputs: BackwardInputs, dq: Like, tables: StepTables
+) -> TwoKernelStep:
+    """Return a step's backward above head dim 128 for such inputs and dq."""
+    return TwoKernelStep(
+        step_plan,
+        tables,
+        Side(False, config.query_rows),
+        Side(True, config.key_rows),
+        _wide_dq_launch(config, inputs, dq, not step_plan.first),
+        partial(_wide_dkv_launch, config, inputs),
+    )
+
+
+def _work(step_plan: Step, inputs: BackwardInputs, n_tiles: int, full: bool) -> Work:
+    q, k = inputs.q, inputs.k
+    documents = isinstance(step_plan, DocumentsStep)
+    return Work(
+        programs=n_tiles * k.shape[0] * k.shape[2],
+        group=q.shape[2] // k.shape[2],
+        full=full,
+        windowed=_windowed(step_plan),
+        head_numbers=0 if documents else q.shape[1] * q.shape[3],
+    )
+
+
+def _finishes(step_plan: Step) -> bool:
+    """Return whether the step finishes any rows."""
+    if isinstance(step_plan, DocumentsStep):
+        return bool(step_plan.plan.steps[step_plan.index].finished)
+    return bool(step_plan.finished)
+
+
+def _full(attention: Attention, step_plan: Step) -> bool:
+    """Return whether every query sees every key of what it meets."""
+    if isinstance(step_plan, DocumentsStep):
+        return not attention.masked
+    return all(block.full for block in step_plan.blocks)
 
 
 def _windowed(step: Step) -> bool:
@@ -352,15 +378,6 @@ def _gradients(dk: Like, dv: Like, add: bool, span: int) -> dict[str, Any]:
         "dv_strides": _strides_of_batches(dv),
         "ADD": add,
     }
-
-
-def _given(target: GradTarget) -> dict[str, Any]:
-    """Return what a launch gives of dk and dv."""
-    return {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
-
-
-def _likes(target: GradTarget) -> tuple[Like, Like, bool]:
-    return like(target.dk), like(target.dv), target.add
 
 
 def _float32_like(x: Tensor, copies: int = 1) -> Tensor:

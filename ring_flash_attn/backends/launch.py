@@ -68,25 +68,22 @@ class Launch:
         self._direct: dict[tuple, _Direct | None] = {}
 
     def __call__(self, programs: int, given: dict[str, Any], rows: int = 1) -> None:
-        """Launch a grid of programs x rows on the current device and stream.
+        """Launch a grid of programs x rows on the current stream.
 
         Args:
             given: tensors and ints by the kernel's parameters. Names that are none are ignored.
+                The tensors are on the current device.
         """
         grid = programs, rows, 1
         if INTERPRETED.value:
             self._bind(grid, given)
             return
-        device = torch.cuda.current_device()
         addressed, tensors = self._addressed_of(given), self._described_of(given)
+        device = addressed[0].get_device()
         pointers = [x.data_ptr() for x in addressed]
         # Triton compiles anew for another dtype, and for addresses that are no multiples of 16.
-        key = (
-            device,
-            *[pointer % 16 == 0 for pointer in pointers],
-            *map(_DTYPE, addressed),
-            *map(_DTYPE, tensors),
-        )
+        unaligned = [pointer % 16 != 0 for pointer in pointers]
+        key = device, any(unaligned) and tuple(unaligned), *map(_DTYPE, (*addressed, *tensors))
         direct = self._direct.get(key)
         if direct is not None and _unwatched():
             direct(device, grid, (*pointers, *self._numbers_of(given)), tensors)
@@ -278,8 +275,8 @@ def _c_launcher(compiled: Any) -> Callable | None:
 
 def _unwatched() -> bool:
     """Return whether nobody wants to be told of launches, as Triton's profiler does."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return not any(hook is not None and hook.calls for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return not ((enter is not None and enter.calls) or (leave is not None and leave.calls))
 
 
 @cache

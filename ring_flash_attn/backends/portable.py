@@ -1,6 +1,6 @@
-"""The launches of the portable kernels, kept by what they depend on."""
+"""The portable kernels: their launches, kept by what they depend on, and a step's backward."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -10,10 +10,12 @@ from ..kernels.delta import _delta_kernel
 from ..kernels.dkv import _bwd_kernel_dkv
 from ..kernels.dq import _bwd_kernel_dq
 from ..kernels.forward import _fwd_kernel
+from .base import Step
 from .descriptors import Like, tma_shape
 from .documents import Side
 from .launch import ADDRESS, Described, Launch, strides
-from .work import BackwardInputs, heads, source_arguments
+from .two_kernels import TwoKernelStep
+from .work import BackwardInputs, StepTables, heads, source_arguments
 
 DELTA_ROWS = 64  # of a program of _delta_kernel
 
@@ -21,6 +23,29 @@ DELTA_ROWS = 64  # of a program of _delta_kernel
 def side_of(pass_: str, config: configs.LaunchConfig) -> Side:
     """Return what a pass cuts into tiles."""
     return Side(True, config.block_n) if pass_ == "dkv" else Side(False, config.block_m)
+
+
+def backward_step(
+    chosen: dict[str, configs.LaunchConfig],
+    step_plan: Step,
+    inputs: BackwardInputs,
+    dq: Like,
+    tables: StepTables,
+) -> TwoKernelStep:
+    """Return a step's backward for such inputs and dq.
+
+    Args:
+        chosen: the launch configuration of each pass.
+    """
+    of_dq, of_dkv = chosen["dq"], chosen["dkv"]
+    return TwoKernelStep(
+        step_plan,
+        tables,
+        side_of("dq", of_dq),
+        side_of("dkv", of_dkv),
+        dq_launch(of_dq, inputs, dq, not step_plan.first),
+        partial(dkv_launch, of_dkv, inputs),
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -38,7 +38,9 @@ def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
     Args:
         result, own: [2, B, L, Hk, D], contiguous; they may be one.
     """
-    if shares.landed is not None and any(shares.parts) and result.is_cuda and has_triton():
+    adds = shares.landed is not None and any(shares.parts)
+    marked = None if shares.units < 2 else shares.cu_seqlens
+    if (adds or marked is not None) and result.is_cuda and has_triton():
         sum_in_one_pass(result, own, shares)
         return
     total, length = own, own.shape[2]
@@ -49,9 +51,9 @@ def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
                 rows = _rows(shares, part, length)
                 total[:, :, rows] += share[:, :, rows]
     result.copy_(total)
-    if shares.cu_seqlens is not None and shares.units > 1:
+    if marked is not None:
         covered = _rows(shares, (0, shares.units), length)
-        behind = torch.arange(length, device=covered.device) >= shares.cu_seqlens[-1]
+        behind = torch.arange(length, device=covered.device) >= marked[-1]
         result.masked_fill_(~(covered | behind)[:, None, None], torch.nan)
 
 
@@ -59,8 +61,8 @@ def sum_in_one_pass(result: Tensor, own: Tensor, shares: Shares) -> None:
     """As `sum_shares`, by a kernel."""
     from .launch import on
 
-    assert shares.landed is not None, "there is nothing to add"
-    start = _launch(tuple(own.shape), shares.parts, shares.units)
+    parts = () if shares.landed is None else shares.parts
+    start = _launch(tuple(own.shape), parts, shares.units)
     rows, row = own.shape[:3].numel(), own.shape[3:].numel()
     given = {
         "result_ptr": result,
@@ -83,13 +85,14 @@ def _launch(shape: tuple[int, ...], parts: tuple[Interval | None, ...], units: i
     arguments = {
         "result_ptr": ADDRESS,
         "own_ptr": ADDRESS,
-        "landed_ptr": ADDRESS,
+        "landed_ptr": ADDRESS if parts else None,
         "cu_ptr": ADDRESS if units else None,
         "n_docs": NUMBER,
         "n_rows": both * batch * length,
         "length": length,
-        "begins": tuple(0 if part is None else part[0] for part in parts),
-        "ends": tuple(0 if part is None else part[1] for part in parts),
+        # One more than there are shares: a kernel takes no empty tuple.
+        "begins": (*(0 if part is None else part[0] for part in parts), 0),
+        "ends": (*(0 if part is None else part[1] for part in parts), 0),
         "UNITS": units,
         "SHARES": len(parts),
         "ROW": heads * head_dim,

@@ -19,10 +19,21 @@ from ..kernels.hopper.configs import (
 from ..kernels.tile import INTERPRETED
 from . import hopper, hopper_backward, portable
 from .base import GradTarget, Saved, Step
-from .descriptors import like
+from .descriptors import Like, key_of, like
 from .documents import Side
 from .launch import Launch, on, targets
-from .work import backward_inputs, ends_inside, one_entry, span_of, tables
+from .work import (
+    BackwardInputs,
+    BackwardStep,
+    StepTables,
+    ends_inside,
+    identity,
+    kept,
+    one_entry,
+    start_on,
+)
+
+_KEPT_STEPS = 512  # of forward and of backward
 
 
 class TritonBackend:
@@ -30,6 +41,9 @@ class TritonBackend:
 
     The first call with a plan uploads its tables, a host sync, and a kernel compiles when it is
     first used; after that a step only launches. Capture a CUDA graph after such a first call.
+
+    What a step launches is found once for tensors of one shape, strides and dtype: finding it takes
+    the host several times as long as launching it.
     """
 
     name = "triton"
@@ -52,6 +66,8 @@ class TritonBackend:
         self._lookup = lookup
         self._hopper_forward = hopper_forward
         self._hopper_backward = hopper_backward
+        self._forwards: dict[tuple, _ForwardStep] = {}
+        self._backwards: dict[tuple, BackwardStep] = {}
 
     def unsupported(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Return every reason why this backend cannot run these inputs; empty if it can."""
@@ -87,34 +103,40 @@ class TritonBackend:
         if not step_plan.sees:
             return
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        documents = ends_inside(step_plan)
-        choices = self._choices(attention, q, documents)
+        alike = key_of(q), key_of(k), key_of(v), key_of(out)
+        key = attention, identity(step_plan), q.get_device(), *alike, lse.stride()
+        found = self._forwards.get(key)
+        if found is None:
+            tensors = tuple(Like(*x) for x in alike)
+            found = self._forward_step(attention, step_plan, tensors, lse.stride(), q.device)
+            _keep(self._forwards, key, found)
         given = {"q": q, "k": k, "v": v, "state": out, "out_ptr": out, "result_ptr": result}
         given["lse_ptr"] = lse
-        tensors, carry = (like(q), like(k), like(v), like(out)), not step_plan.first
         with on(q.device):
-            config = choices.hopper_forward
-            if config is not None:
-                side = Side(False, config.block_m)
-                start = hopper.forward_launch(
-                    config,
-                    attention.softmax_scale,
-                    tensors,
-                    lse.stride(),
-                    carry,
-                    documents,
-                    one_entry(step_plan, side),
-                )
-                if start is not None:
-                    given |= tables(step_plan, side, choices.sides, q.device)
-                    hopper.launch_forward(start, q.device, given)
-                    return
-            config = choices.configs["forward"]
-            start = portable.forward_launch(
-                config, attention.softmax_scale, tensors, lse.stride(), carry, documents
-            )
-            given |= tables(step_plan, portable.side_of("forward", config), choices.sides, q.device)
-            _launch(start, given)
+            found.run(step_plan, given)
+
+    def _forward_step(
+        self,
+        attention: Attention,
+        step_plan: Step,
+        tensors: tuple[Like, ...],
+        lse_strides: tuple[int, ...],
+        device: torch.device,
+    ) -> "_ForwardStep":
+        """Return what computes a step for q, k, v, out like these."""
+        documents, carry = ends_inside(step_plan), not step_plan.first
+        choices = self._choices(attention, tensors[0], device, documents)
+        common = attention.softmax_scale, tensors, lse_strides, carry, documents
+        tables, alive = StepTables(choices.sides, device), kept(step_plan)
+        config = choices.hopper_forward
+        if config is not None:
+            side = Side(False, config.block_m)
+            start = hopper.forward_launch(config, *common, one_entry(step_plan, side))
+            if start is not None:
+                return _ForwardStep(start, side, tables, alive, device)
+        config = choices.configs["forward"]
+        start = portable.forward_launch(config, *common)
+        return _ForwardStep(start, portable.side_of("forward", config), tables, alive)
 
     def prepare_backward(
         self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
@@ -145,48 +167,85 @@ class TritonBackend:
         """As Backend.backward: dq, then dkv_target(), then dk and dv. No blocks: no call."""
         if not step_plan.sees:
             return
+        assert saved.delta is not None, "saved comes from another backend's prepare_backward"
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-        documents = ends_inside(step_plan)
-        choices = self._choices(attention, q, documents)
         sources = {"q": q, "k": k, "v": v, "dout": saved.dout}
-        inputs = backward_inputs(attention, saved, sources, documents)
-        config = choices.hopper_backward
-        with on(q.device):
-            if config is not None and hopper_backward.addresses(config, inputs, dq):
-                cut = choices.queries, choices.sides
-                step = hopper_backward.HopperStep(
-                    config, attention, step_plan, saved, sources, inputs, *cut
-                )
-                step.run(dq, result, dkv_target)
-                return
-            dq, result = targets(dq, result)
-            given = sources | {"lse_ptr": saved.lse, "delta_ptr": saved.delta}
-            config = choices.configs["dq"]
-            start = portable.dq_launch(config, inputs, like(dq), not step_plan.first)
-            given |= {"dq_ptr": dq, "result_ptr": result}
-            side = portable.side_of("dq", config)
-            _launch(start, given | tables(step_plan, side, choices.sides, q.device))
-            target = dkv_target()
-            config = choices.configs["dkv"]
-            span = span_of(step_plan, target)
-            start = portable.dkv_launch(
-                config, inputs, like(target.dk), like(target.dv), target.add, span
+        alike = tuple(key_of(x) for x in sources.values())
+        strides = saved.lse.stride(), saved.delta.stride()
+        outputs = tuple(None if x is None else key_of(x) for x in (dq, result))
+        key = attention, identity(step_plan), q.get_device(), *alike, *strides, *outputs
+        found = self._backwards.get(key)
+        if found is None:
+            rest = *strides, attention.softmax_scale, ends_inside(step_plan)
+            inputs = BackwardInputs._make([*(Like(*x) for x in alike), *rest])
+            dq_like, result_like = (None if x is None else Like(*x) for x in outputs)
+            found = self._backward_step(
+                attention, step_plan, inputs, dq_like, result_like, q.device
             )
-            given |= {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
-            side = portable.side_of("dkv", config)
-            _launch(start, given | tables(step_plan, side, choices.sides, q.device))
+            _keep(self._backwards, key, found)
+        given = sources | {"lse_ptr": saved.lse, "delta_ptr": saved.delta}
+        with on(q.device):
+            found.run(step_plan, given, dq, result, dkv_target)
 
-    def _choices(self, attention: Attention, q: Tensor, documents: bool) -> "_Choices":
+    def _backward_step(
+        self,
+        attention: Attention,
+        step_plan: Step,
+        inputs: BackwardInputs,
+        dq: Like | None,
+        result: Like | None,
+        device: torch.device,
+    ) -> BackwardStep:
+        """Return what computes a step backward for tensors like these."""
+        choices = self._choices(attention, inputs.q, device, inputs.documents)
+        tables = StepTables(choices.sides, device)
+        state = result if dq is None else dq
+        assert state is not None, "without a state there must be a result"
+        config = choices.hopper_backward
+        if config is None or not hopper_backward.addresses(config, inputs, dq):
+            return portable.backward_step(choices.configs, step_plan, inputs, state, tables)
+        if isinstance(config, WideConfig):
+            return hopper_backward.wide_step(config, step_plan, inputs, state, tables)
+        return hopper_backward.FusedStep(
+            config, attention, step_plan, inputs, dq, result, tables, choices.queries
+        )
+
+    def _choices(
+        self, attention: Attention, q: Like, device: torch.device, documents: bool
+    ) -> "_Choices":
         return _choices(
             self._lookup,
             self._hopper_forward,
             self._hopper_backward,
             attention.deterministic,
-            q.device,
+            device,
             q.dtype,
             q.shape[3],
             documents,
         )
+
+
+class _ForwardStep(NamedTuple):
+    """A step's forward: all but the addresses, and the tables of documents.
+
+    Attributes:
+        start: the launch. side: what it cuts into tiles.
+        alive: what the step is known by, see `identity`.
+        device: of the Hopper kernel, which runs no more programs than fit; None: another one runs.
+    """
+
+    start: Launch
+    side: Side
+    tables: StepTables
+    alive: object
+    device: torch.device | None = None
+
+    def run(self, step_plan: Step, given: dict[str, Any]) -> None:
+        table = self.tables.of(step_plan, self.side)
+        if self.device is None:
+            start_on(table, self.start, given)
+        else:
+            hopper.launch_forward(self.start, self.device, table, given)
 
 
 class _Choices(NamedTuple):
@@ -238,9 +297,11 @@ def _choices(
     return _Choices(chosen, forward, backward, sides["dq"], unique)
 
 
-def _launch(start: Launch, given: dict[str, Any]) -> None:
-    """Launch one program a tile and head."""
-    start(given["n_tiles"] * start.arguments["n_heads"], given)
+def _keep(kept: dict[tuple, Any], key: tuple, value: Any) -> None:
+    """Keep a step for all calls that are alike. Forgets all where they are too many."""
+    if len(kept) >= _KEPT_STEPS:
+        kept.clear()
+    kept[key] = value
 
 
 def _unit_stride(x: Tensor) -> Tensor:

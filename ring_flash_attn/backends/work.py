@@ -1,19 +1,19 @@
 """What every Triton kernel takes for a step: its tables, on the device, and its heads."""
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..core.attention import Attention
 from ..core.packed import DocumentsStep
 from ..core.plan import Block, Interval
 from ..core.tables import key_tables, query_tables
-from .base import GradTarget, Saved, Step
-from .descriptors import Like, like
+from .base import GradTarget, Step
+from .descriptors import Like, key_of
 from .documents import Side, Table, document_tables, most_entries
-from .launch import ADDRESS, NUMBER
+from .launch import ADDRESS, NUMBER, Launch
 
 # Share of L2 for what the heads in flight read again and again. Gluon prototypes, H100, 2026-11-22:
 # all heads at once lost 9-11 % (forward, 32768 tokens), one at a time 14 % (backward, 8192).
@@ -90,38 +90,67 @@ class BackwardInputs(NamedTuple):
         }
 
 
-def backward_inputs(
-    attention: Attention, saved: Saved, sources: dict[str, Tensor], documents: bool
-) -> BackwardInputs:
-    """Return what launches depend on of q, k, v, dout, in `sources` by name, and of `saved`."""
-    assert saved.delta is not None, "saved comes from another backend's prepare_backward"
-    return BackwardInputs(
-        like(sources["q"]),
-        like(sources["k"]),
-        like(sources["v"]),
-        like(sources["dout"]),
-        saved.lse.stride(),
-        saved.delta.stride(),
-        attention.softmax_scale,
-        documents,
-    )
+class BackwardStep(Protocol):
+    """A step's backward: all but the addresses, and the tables of documents."""
+
+    def run(
+        self,
+        step_plan: Step,
+        given: dict[str, Tensor],
+        dq: Tensor | None,
+        result: Tensor | None,
+        dkv_target: Callable[[], GradTarget],
+    ) -> None:
+        """Do as Backend.backward, on the current device.
+
+        Args:
+            given: q, k, v, dout, their last dimension contiguous, lse_ptr and delta_ptr.
+        """
+        ...
 
 
-def tables(
-    step_plan: Step, side: Side, sides: tuple[Side, ...], device: torch.device
-) -> dict[str, Any]:
-    """Return a step's tables as a launch takes them: tiles [n, 5], entries [m, 4], int32, and n.
+class StepTables:
+    """The tables of one step, by side: a batch's are found once, documents' are of each call.
 
     Args:
         sides: those of all passes of the call.
     """
+
+    def __init__(self, sides: tuple[Side, ...], device: torch.device) -> None:
+        self._sides, self.device = sides, device
+        self._found: dict[Side, Table] = {}
+
+    def of(self, step_plan: Step, side: Side) -> Table:
+        """Return the table of the step, which is the same with every call but for its documents."""
+        if isinstance(step_plan, DocumentsStep):
+            sides = self._sides if side in self._sides else (*self._sides, side)
+            return document_tables(step_plan, side, sides)
+        found = self._found.get(side)
+        if found is None:
+            finished = () if side.keys else step_plan.finished
+            found = _uploaded(step_plan.blocks, finished, side, self.device)
+            self._found[side] = found
+        return found
+
+
+def start_on(table: Table, start: Launch, given: dict[str, Any]) -> None:
+    """Launch one program for each of a table's tiles and each head."""
+    given["tiles_ptr"], given["entries_ptr"], given["n_tiles"] = table
+    start(table.n_tiles * start.arguments["n_heads"], given)
+
+
+def identity(step_plan: Step) -> tuple[int, ...]:
+    """Return what tells a step from every other, but for its documents, while `kept` is alive."""
     if isinstance(step_plan, DocumentsStep):
-        wanted = sides if side in sides else (*sides, side)
-        table = document_tables(step_plan, side, wanted)
-    else:
-        finished = () if side.keys else step_plan.finished
-        table = _uploaded(step_plan.blocks, finished, side, device)
-    return {"tiles_ptr": table.tiles, "entries_ptr": table.entries, "n_tiles": table.n_tiles}
+        documents = step_plan.documents
+        lengths = documents.q_len, documents.k_len, len(documents)
+        return id(step_plan.plan), step_plan.index, *lengths
+    return (id(step_plan),)
+
+
+def kept(step_plan: Step) -> object:
+    """Return what `identity` names: it must outlive what is found by it."""
+    return step_plan.plan if isinstance(step_plan, DocumentsStep) else step_plan
 
 
 def ends_inside(step_plan: Step) -> bool:
@@ -132,9 +161,27 @@ def ends_inside(step_plan: Step) -> bool:
     return isinstance(step_plan, DocumentsStep) or step_plan.span > 0
 
 
-def span_of(step_plan: Step, target: GradTarget) -> int:
-    """Return how far apart several sources' keys are, if their dk, dv are in several places."""
-    return 0 if target.offsets is None else step_plan.span
+TargetKey = tuple[tuple, tuple, bool, int]
+
+
+def target_key(step_plan: Step, target: GradTarget) -> TargetKey:
+    """Return what a launch depends on of where dk and dv go.
+
+    The last is how far apart several sources' keys are, if their dk, dv are in several places.
+    """
+    span = 0 if target.offsets is None else step_plan.span
+    return key_of(target.dk), key_of(target.dv), target.add, span
+
+
+def target_likes(key: TargetKey) -> tuple[Like, Like, bool, int]:
+    """Return what a `target_key` says: what dk and dv are like, `add`, and the span."""
+    dk, dv, add, span = key
+    return Like(*dk), Like(*dv), add, span
+
+
+def target_tensors(target: GradTarget) -> dict[str, Any]:
+    """Return what a launch is given of dk and dv."""
+    return {"dk_ptr": target.dk, "dv_ptr": target.dv, "offsets_ptr": target.offsets}
 
 
 def source_arguments(span: int) -> dict[str, Any]:

@@ -152,16 +152,16 @@ def _open_memory(ours: _Group, group: dist.ProcessGroup, device: torch.device) -
 def _buffers(ours: _Group, k: Tensor, state: torch.dtype) -> PeerBuffers:
     """Return the memory for tensors like k. Every rank makes the same calls, so all agree."""
     memory, key = ours.memories[k.device], (k.device, k.shape, k.dtype)
-    store = _store(ours, memory, k, state)
-    if key not in ours.buffers or ours.buffers[key].store is not store:
-        ours.buffers[key] = PeerBuffers(store, tuple(k.shape))
+    buffers = ours.buffers.get(key)  # never of memory that was outgrown, see _store
+    if buffers is None:
+        buffers = ours.buffers[key] = PeerBuffers(_store(ours, memory, k, state), tuple(k.shape))
         if len(ours.buffers) > KEPT_SHAPES:
             ours.buffers.popitem(last=False)
     ours.buffers.move_to_end(key)
     if memory.capturing():
-        store.kept = True
-        ours.captured[id(ours.buffers[key])] = ours.buffers[key]
-    return ours.buffers[key]
+        buffers.store.kept = True
+        ours.captured[id(buffers)] = buffers
+    return buffers
 
 
 def _store(ours: _Group, memory: PeerMemory, k: Tensor, state: torch.dtype) -> PeerStore:

@@ -109,7 +109,7 @@ class CopyEngineExchange:
     def dkv_target(self, step: int) -> GradTarget:
         if step == 0:
             self._own = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
-            dk, dv = self._own
+            dk, dv = self._own.unbind()
             self._zeroed((dk, dv), step, (0, self._k.shape[1]))
             return GradTarget(dk, dv, add=False)
         rows = self._traffic.pulls[step]

@@ -1,8 +1,6 @@
 """One call, forward and backward, and the one autograd.Function over it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,8 +16,7 @@ from .plan import RingPlan
 from .ring import ring_backward, ring_forward
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Everything but the tensors of one distributed attention call.
 
     Attributes:
@@ -36,12 +33,44 @@ class Call:
     group: dist.ProcessGroup | None = None
     route: Route | None = None
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
+        exchange = self._open(k, v, backward=False)
+        try:
+            return ring_forward(self.attention, exchange.plan, self.backend, exchange, q)
+        except BaseException:
+            exchange.abandon()
+            raise
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv in the dtypes of q, k, v. Arguments as of `run_backward`."""
+        exchange = self._open(k, v, backward=True)
+        try:
+            saved = self.backend.prepare_backward(dout, out, lse, dlse)
+            return ring_backward(self.attention, exchange.plan, self.backend, exchange, saved, q)
+        except BaseException:
+            exchange.abandon()
+            raise
+
+    def _open(self, k: Tensor, v: Tensor, backward: bool) -> Exchange:
+        """Return the exchange of one pass, which is to be abandoned on an error."""
+        state, merges = state_dtype(k.dtype), self.backend.merges
+        return open_exchange(self.group, self.plan, self.route, k, v, state, backward, merges)
+
 
 @torch.no_grad()
 def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
-    with _pass(call, k, v, backward=False) as exchange:
-        return ring_forward(call.attention, exchange.plan, call.backend, exchange, q)
+    return call.forward(q, k, v)
 
 
 @torch.no_grad()
@@ -61,30 +90,40 @@ def run_backward(
         dout: [B, L, H, D], gradient of out. out: what `run_forward` returned. q, k, v: its inputs.
         lse: [B, H, L]. dlse: [B, H, L], gradient of lse; None if there is none.
     """
-    with _pass(call, k, v, backward=True) as exchange:
-        saved = call.backend.prepare_backward(dout, out, lse, dlse)
-        return ring_backward(call.attention, exchange.plan, call.backend, exchange, saved, q)
+    return call.backward(dout, q, k, v, out, lse, dlse)
 
 
-@contextmanager
-def _pass(call: Call, k: Tensor, v: Tensor, backward: bool) -> Iterator[Exchange]:
-    """Open the exchange of one pass, and abandon it on an error."""
-    state = state_dtype(k.dtype)
-    merges = call.backend.merges
-    exchange = open_exchange(call.group, call.plan, call.route, k, v, state, backward, merges)
-    try:
-        yield exchange
-    except BaseException:
-        exchange.abandon()
-        raise
+class Passes(Protocol):
+    """A call as `RingAttention` runs it: both passes over batches, outside of autograd."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class RingAttention(torch.autograd.Function):
-    """Distributed attention as (q, k, v, call) -> (out, lse), differentiable in both outputs."""
+    """Distributed attention as (q, k, v, call) -> (out, lse), differentiable in both outputs.
+
+    q, k, v may be packed rows [T, H, D]: then out is like q and lse [H, T]. They become a batch of
+    one in here, since every view outside would be a node of the graph and cost the host its time.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = run_forward(call, q, k, v)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: Passes) -> tuple[Tensor, Tensor]:
+        packed = q.dim() == 3
+        out, lse = call.forward(*[x.unsqueeze(0) if packed else x for x in (q, k, v)])
+        if packed:
+            # In place: a view that a Function returns may not be changed by who gets it.
+            out, lse = out.squeeze_(0), lse.squeeze_(0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
@@ -96,4 +135,8 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         # Every rank must take part even where its own output is unused, or its peers would hang.
         dout = torch.zeros_like(out) if dout is None else dout
-        return *run_backward(ctx.call, dout, q, k, v, out, lse, dlse), None
+        given = [dout, q, k, v, out, lse, dlse]
+        if q.dim() == 4:
+            return *ctx.call.backward(*given), None
+        gradients = ctx.call.backward(*[None if x is None else x.unsqueeze(0) for x in given])
+        return *[x.squeeze(0) for x in gradients], None

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, GradTarget, Saved, state_dtype
 from ..ranks import ranks_of
@@ -33,6 +32,23 @@ class GatheredCall:
     group: dist.ProcessGroup | None
     heads_k_stride: int
     k_slice: slice
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `function.Passes`."""
+        return _forward(self, q, k, v)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `function.Passes`."""
+        return _backward(self, dout, q, k, v, out, lse, dlse)
 
 
 class _Gather:
@@ -133,6 +149,26 @@ def query_heads(heads: slice, q: Tensor, k: Tensor) -> slice:
 @torch.no_grad()
 def gathered_forward(call: GatheredCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return out [1, T, H, D] in q's dtype and lse [1, H, T] in the state's dtype."""
+    return call.forward(q, k, v)
+
+
+@torch.no_grad()
+def gathered_backward(
+    call: GatheredCall,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv in the dtypes of q, k, v; dk and dv are summed in the state's dtype."""
+    return call.backward(dout, q, k, v, out, lse, dlse)
+
+
+def _forward(call: GatheredCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out [1, T, H, D] in q's dtype and lse [1, H, T] in the state's dtype."""
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((1, q.shape[2], q.shape[1]), dtype=state_dtype(q.dtype), device=q.device)
     step = call.plan.steps[0]
@@ -157,8 +193,7 @@ def gathered_forward(call: GatheredCall, q: Tensor, k: Tensor, v: Tensor) -> tup
     return result, lse
 
 
-@torch.no_grad()
-def gathered_backward(
+def _backward(
     call: GatheredCall,
     dout: Tensor,
     q: Tensor,
@@ -166,7 +201,7 @@ def gathered_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None = None,
+    dlse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv in the dtypes of q, k, v; dk and dv are summed in the state's dtype."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -205,23 +240,3 @@ def _of_heads(saved: Saved, heads: slice) -> Saved:
         None if saved.dlse is None else saved.dlse[:, heads],
         None if saved.delta is None else saved.delta[:, heads],
     )
-
-
-class GatheredAttention(torch.autograd.Function):
-    """Attention over gathered keys as (q, k, v, call) -> (out, lse), differentiable in both."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: GatheredCall) -> tuple[Tensor, Tensor]:
-        out, lse = gathered_forward(call, q, k, v)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = call
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, out, lse = ctx.saved_tensors
-        # Every rank must take part even where its own output is unused, or its peers would hang.
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *gathered_backward(ctx.call, dout, q, k, v, out, lse, dlse), None

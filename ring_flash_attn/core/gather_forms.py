@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .agree import agreement
 from .forms import COMPUTED, Result, name_form
-from .gather import GatheredAttention, gathered_backward, gathered_forward
+from .function import RingAttention
+from .gather import gathered_backward, gathered_forward
 from .packed_api import as_batch, gathered_call
 from .packed_forms import check_packed_backward, unpack_kv, unpack_qkv
 from .validate import check_bool
@@ -312,7 +313,7 @@ def gathered_backward_form(name: str, module: str, backend: str):
     return _named(form, name, module, backend, _BACKWARD_DOC)
 
 
-class GatheredFunction(GatheredAttention):
+class GatheredFunction(RingAttention):
     """The autograd entry under upstream's class name, with upstream's order of arguments."""
 
     backend = "native"
@@ -374,10 +375,10 @@ def _run(
     """Check, let the ranks agree, and run: what every form does once it has its arguments."""
     with agreement(group, own) as same:
         check_bool("return_attn_probs", return_attn_probs)
-        q, k, v = as_batch(*unpack())
-        call = gathered_call(q, k, v, *prepared, backend, group, same, **options)
-    out, lse = GatheredAttention.apply(q, k, v, call)
-    return (out.squeeze(0), lse.squeeze(0), None) if return_attn_probs else out.squeeze(0)
+        packed = unpack()
+        call = gathered_call(*as_batch(*packed), *prepared, backend, group, same, **options)
+    out, lse = RingAttention.apply(*packed, call)
+    return (out, lse, None) if return_attn_probs else out
 
 
 def _named(form: Callable, name: str, module: str, backend: str, doc: str, **words: str):

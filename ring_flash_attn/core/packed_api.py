@@ -15,7 +15,7 @@ from .agree import agreement
 from .api import note_call
 from .choose import Route, wanted_exchange
 from .function import Call, RingAttention
-from .gather import GatheredAttention, GatheredCall
+from .gather import GatheredCall
 from .packed import Documents, on_device, on_host, plan_gathered, plan_packed
 from .traffic import packed_traffic
 from .validate import (
@@ -59,12 +59,9 @@ def packed_attention(
         TypeError, ValueError, NotImplementedError: as `ring_attention`.
     """
     with agreement(group, q) as same:
-        q, k, v = as_batch(q, k, v)
-        call = packed_call(
-            q, k, v, cu_seqlens, max_seqlen, layout, backend, group, same, exchange, **options
-        )
-    out, lse = RingAttention.apply(q, k, v, call)
-    return out.squeeze(0), lse.squeeze(0)
+        given = *as_batch(q, k, v), cu_seqlens, max_seqlen
+        call = packed_call(*given, layout, backend, group, same, exchange, **options)
+    return RingAttention.apply(q, k, v, call)
 
 
 def gathered_attention(
@@ -94,10 +91,8 @@ def gathered_attention(
     """
     prepared = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, heads_k_stride, local_k_slice
     with agreement(group, q) as same:
-        q, k, v = as_batch(q, k, v)
-        call = gathered_call(q, k, v, *prepared, backend, group, same, **options)
-    out, lse = GatheredAttention.apply(q, k, v, call)
-    return out.squeeze(0), lse.squeeze(0)
+        call = gathered_call(*as_batch(q, k, v), *prepared, backend, group, same, **options)
+    return RingAttention.apply(q, k, v, call)
 
 
 def as_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

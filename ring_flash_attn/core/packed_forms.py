@@ -419,10 +419,11 @@ def _run(
     """Check, let the ranks agree, and run: what every form does once it has its arguments."""
     with agreement(group, own) as same:
         check_bool("return_attn_probs", return_attn_probs)
-        q, k, v = as_batch(*unpack())
-        call = packed_call(q, k, v, cu_seqlens, max_seqlen, layout, backend, group, same, **options)
-    out, lse = RingAttention.apply(q, k, v, call)
-    return (out.squeeze(0), lse.squeeze(0), None) if return_attn_probs else out.squeeze(0)
+        packed = unpack()
+        given = *as_batch(*packed), cu_seqlens, max_seqlen
+        call = packed_call(*given, layout, backend, group, same, **options)
+    out, lse = RingAttention.apply(*packed, call)
+    return (out, lse, None) if return_attn_probs else out
 
 
 def _forward(group, q, k, v, cu_seqlens, max_seqlen, layout, backend, **options):

@@ -82,7 +82,7 @@ class StepPlan(NamedTuple):
 
     def unseen_q(self) -> tuple[Interval, ...]:
         """Return the query row ranges that no block touches."""
-        return _complement(self.q_intervals(), self.q_len)
+        return _unseen_q(self)
 
     def q_intervals(self) -> list[Interval]:
         """Return the query row range of each block."""
@@ -90,7 +90,7 @@ class StepPlan(NamedTuple):
 
     def unseen_k(self) -> tuple[Interval, ...]:
         """Return the key row ranges that no block touches."""
-        return _complement([(b.k_begin, b.k_end) for b in self.blocks], self.k_len)
+        return _unseen_k(self)
 
 
 class RingPlan(NamedTuple):
@@ -106,8 +106,24 @@ class RingPlan(NamedTuple):
 
     def unseen_q(self) -> tuple[Interval, ...]:
         """Return the query row ranges that no step touches."""
-        intervals = [interval for step in self.steps for interval in step.q_intervals()]
-        return _complement(intervals, self.steps[0].q_len)
+        return _unseen_by_all(self)
+
+
+# Asked in every pass, and longer to find than to look up.
+@lru_cache(maxsize=4096)
+def _unseen_q(step: StepPlan) -> tuple[Interval, ...]:
+    return _complement(step.q_intervals(), step.q_len)
+
+
+@lru_cache(maxsize=4096)
+def _unseen_k(step: StepPlan) -> tuple[Interval, ...]:
+    return _complement([(b.k_begin, b.k_end) for b in step.blocks], step.k_len)
+
+
+@lru_cache(maxsize=512)
+def _unseen_by_all(plan: RingPlan) -> tuple[Interval, ...]:
+    intervals = [interval for step in plan.steps for interval in step.q_intervals()]
+    return _complement(intervals, plan.steps[0].q_len)
 
 
 @lru_cache(maxsize=512)

@@ -14,9 +14,19 @@ from ..ranks import ranks_of
 from .attention import Attention
 from .layout import Layout
 
+# Dtypes, devices and shapes that have passed, which every layer of a model brings again.
+_passed: set[tuple] = set()
+_KEPT = 1024
+
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless q is [B, L, H, D] and k, v are [B, Lk, Hk, D] of one float dtype and device."""
+    try:
+        alike = tuple((x.dtype, x.device, x.shape) for x in (q, k, v))
+    except AttributeError:
+        alike = None  # one of them is no tensor, and will be told
+    if alike in _passed:
+        return
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, ("B", "L", "H" if name == "q" else "Hk", "D"))
     for name, x in (("k", k), ("v", v)):
@@ -34,6 +44,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q's heads must be a multiple of k's heads, got q {_shape(q)} and k {_shape(k)}"
         )
+    if len(_passed) >= _KEPT:
+        _passed.clear()
+    if alike is not None:
+        _passed.add(alike)
 
 
 def check_tensor(name: str, x: Tensor, axes: tuple[str, ...]) -> None:
