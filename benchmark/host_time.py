@@ -1,6 +1,8 @@
 """What a call of the Triton ring costs the host, by pass, exchange and packing, in microseconds.
 
     torchrun --nproc_per_node 4 benchmark/host_time.py --csv benchmark/results/host.csv
+    python benchmark/host_time.py --stand-in 4 8        # one GPU, the other ranks a stand-in
+    taskset -c 2 python benchmark/host_time.py --stand-in 4
 
 The clock runs from a call until it returns, on an idle GPU, without a wait, with warm caches: the
 Python, torch and driver time of a pass. `per step` is a pass over its steps, one for each rank's
@@ -9,25 +11,31 @@ P - 1. The slowest rank counts.
 
 `queued` is a pass behind others, while the GPU has work to do, as in training: there the host's
 caches are warm. `driver` is what of that lies inside the CUDA driver, measured in calls by
-themselves, and `Python` what is left a hop. On a CPU it runs the reference backend over gloo, where
-the host computes and waits: the same rows, no measure of anything.
+themselves, and `Python` what is left a hop. --stand-in: see stand_in.py. Threads wake each other
+slowly on virtual machines, and autograd's backward is one of its own: pinned to one CPU (taskset)
+a pass takes what its Python takes. On a CPU it runs the reference backend over gloo, where the host
+computes and waits: the same rows, no measure of anything.
 """
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import rows
+import stand_in
 import timing
 import torch
 import torch.distributed as dist
 from driver_clock import driver_clock
 from packing import BATCH, STATED, pack
 from rank_timing import over_ranks
+from stand_in import TRANSPORT
 from torch import Tensor
 
 from comparison import Place, join
@@ -54,11 +62,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--kv-heads", type=int, default=8 if on_gpu else 2)
     add("--head-dim", type=int, default=128 if on_gpu else 16)
     add("--repeats", type=int, default=100 if on_gpu else 5, help="calls of each case")
+    add("--stand-in", type=int, nargs="+", default=[], help="one of so many ranks, on one GPU")
     add("--csv", type=Path, help="append the rows to this file")
     add("--run-id", "--run", dest="run", default=timing.new_run(), help="column run")
     add("--tree", help="hash of ring_flash_attn/, where git is absent")
     add("--commit", help="hash of the commit, where git is absent")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.stand_in:
+        options.exchanges = ["copy-engine"]  # no messages, which a stand-in would have to take
+    return options
 
 
 def attend(case: Case, o: argparse.Namespace, place: Place, group) -> Callable[..., Tensor]:
@@ -173,6 +185,7 @@ def _of_pass(times: list[list[float]], index: int) -> timing.Quantiles:
 def table(o: argparse.Namespace, place: Place, found: dict[tuple[Case, str], Host]) -> list[dict]:
     """Return the rows of the cases on all ranks."""
     source = timing.origin(o.run, o.commit, o.tree) | {"cpu": _cpu()}
+    source |= {"cpus": len(os.sched_getaffinity(0)), "stand_in": place.transport == TRANSPORT}
     shape = {"dtype": "bf16", "local_len": o.local_len, "heads": o.heads}
     shape |= {"kv_heads": o.kv_heads, "head_dim": o.head_dim, "world_size": place.world_size}
     made = []
@@ -205,26 +218,31 @@ def _cpu() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    place = join()
-    try:
-        for row in table(options, place, measure(options, place)):
-            if place.rank == 0:
-                hop = "" if row["us_per_hop"] is None else f"{row['us_per_hop']:.1f}"
-                python = row["us_python_per_hop"]
-                hop += "" if python is None else f" (Python {python:.1f})"
-                print(
-                    f"{place.world_size} ranks {row['exchange']:11} {row['packing']:6} "
-                    f"{row['pass']}: {row['us_p50']:.0f} us ({row['us_p20']:.0f}-"
-                    f"{row['us_p80']:.0f}), per step {row['us_per_step']:.1f}, per hop {hop}, "
-                    f"one rank {row['us_one_rank']:.0f}, queued {row['us_queued']:.0f}, "
-                    f"driver {row['us_driver']:.0f}",
-                    flush=True,
-                )
-                if options.csv:
-                    rows.append(options.csv, rows.HOST, row)
-    finally:
-        dist.destroy_process_group()
+    for join_group in [partial(stand_in.join, size) for size in options.stand_in] or [join]:
+        place = join_group()
+        try:
+            for row in table(options, place, measure(options, place)):
+                if place.rank == 0 or row["stand_in"]:
+                    _tell(options, row)
+        finally:
+            dist.destroy_process_group()
     return 0
+
+
+def _tell(o: argparse.Namespace, row: dict) -> None:
+    hop = "" if row["us_per_hop"] is None else f"{row['us_per_hop']:.1f}"
+    python = row["us_python_per_hop"]
+    hop += "" if python is None else f" (Python {python:.1f})"
+    print(
+        f"{row['world_size']} ranks {row['exchange']:11} {row['packing']:6} "
+        f"{row['pass']}: {row['us_p50']:.0f} us ({row['us_p20']:.0f}-"
+        f"{row['us_p80']:.0f}), per step {row['us_per_step']:.1f}, per hop {hop}, "
+        f"one rank {row['us_one_rank']:.0f}, queued {row['us_queued']:.0f}, "
+        f"driver {row['us_driver']:.0f}",
+        flush=True,
+    )
+    if o.csv:
+        rows.append(o.csv, rows.HOST, row)
 
 
 if __name__ == "__main__":

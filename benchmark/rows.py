@@ -27,18 +27,20 @@ RING = (
     *("causal", "window", "graph", "ms_p20", "ms_p50", "ms_p80", "tflops_per_gpu"),
     *("share_of_kernel", "peak_gib", "err_out", "err_dq", "err_dk", "err_dv", "queued"),
 )
-# Microseconds of the host; per step and per hop as host_time.py says.
+# Microseconds of the host; per step and per hop as host_time.py says. cpus: how many the process may
+# run on. stand_in: 1 where the other ranks were one, see stand_in.py.
 HOST = (
     *("run", "date", "commit", "tree", "gpu", "cpu", "torch", "triton", "world_size", "exchange"),
     *("packing", "pass", "dtype", "local_len", "heads", "kv_heads", "head_dim"),
     *("us_p20", "us_p50", "us_p80", "us_one_rank", "us_per_step", "us_per_hop"),
-    *("us_queued", "us_driver", "us_python_per_hop"),
+    *("us_queued", "us_driver", "us_python_per_hop", "cpus", "stand_in"),
 )
 # Columns that came later, and what the rows before them have there.
 LATER = {
     KERNELS: {"packing": "batch", "ceiling": ""},
     RING: {"queued": "0"},
-    HOST: {"us_queued": "", "us_driver": "", "us_python_per_hop": ""},
+    HOST: dict.fromkeys(("us_queued", "us_driver", "us_python_per_hop", "cpus"), "")
+    | {"stand_in": "0"},
 }
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARK))
 
 import driver_clock  # noqa: E402
 import rows  # noqa: E402
+import stand_in  # noqa: E402
 from driver_clock import DriverClock  # noqa: E402
 
 EXCHANGES = ("ring", "copy-engine") if torch.cuda.device_count() > 1 else ("ring",)
@@ -92,8 +93,40 @@ def test_what_is_timed_is_as_before_afterwards(monkeypatch):
     assert Entry.call is before
 
 
+def test_waits_of_a_stand_in_hold_nobody():
+    class Driver:
+        run = write = copy = None
+
+        def prepare(self, operations):
+            return operations
+
+    wait, write = peer_memory._WAIT, peer_memory._WRITE
+    prepared = stand_in.Unheld(Driver()).prepare([(wait, 8, 1), (write, 8, 1), (write, 8, 0)])
+    assert prepared == [(wait, 8, 0), (write, 8, 1), (write, 8, 0)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_stand_in_for_others_needs_a_gpu_for_the_one():
+    with pytest.raises(NotImplementedError, match="GPU"):
+        stand_in.join(4)
+
+
+@pytest.mark.gpu
+def test_one_of_four_ranks_on_one_gpu(tmp_path):
+    path = tmp_path / "host.csv"
+    command = [sys.executable, str(BENCHMARK / "host_time.py"), "--stand-in", "4", "--repeats", "5"]
+    command += ["--csv", str(path), "--run-id", "r1", "--tree", "t1", "--commit", "c1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = rows.read(path, rows.HOST)
+    assert [row["stand_in"] for row in found] == ["1"] * 4
+    for row in found:
+        assert row["world_size"] == "4" and float(row["us_per_hop"]) > 0
+
+
 def test_rows_of_before_have_no_driver(tmp_path):
     path = tmp_path / "host.csv"
     path.write_text((BENCHMARK / "results" / "host.csv").read_text())
     old = rows.read(path, rows.HOST)
-    assert old[0]["us_python_per_hop"] == "" and set(old[0]) == set(rows.HOST)
+    assert old[0]["us_python_per_hop"] == "" and old[0]["stand_in"] == "0"
+    assert set(old[0]) == set(rows.HOST)
