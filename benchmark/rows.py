@@ -27,7 +27,7 @@ RING = (
     *("causal", "window", "graph", "ms_p20", "ms_p50", "ms_p80", "tflops_per_gpu"),
     *("share_of_kernel", "peak_gib", "err_out", "err_dq", "err_dk", "err_dv", "queued"),
 )
-# Microseconds of the host; per step and per hop as host_time.py says. cpus: how many the process may
+# Microseconds of the host; per step and per hop as host_time.py says. cpus: how many it may
 # run on. stand_in: 1 where the other ranks were one, see stand_in.py.
 HOST = (
     *("run", "date", "commit", "tree", "gpu", "cpu", "torch", "triton", "world_size", "exchange"),
