@@ -23,7 +23,7 @@ from copy_engine_programs import (
 )
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Broken, Layer, Member, wrong
 from ranks import run_ranks
-from ring_flash_attn.core import copy_engine, merge
+from ring_flash_attn.core import merge, schedule
 from ring_flash_attn.core.attention import Attention
 from ring_flash_attn.core.copy_engine import CopyEngineExchange
 from ring_flash_attn.core.layout import Layout
@@ -56,7 +56,7 @@ def test_float64_passes_equal_dense(size, layout, mask):
 def test_several_sources_in_a_launch_equal_dense(size, sources, first, layout, mask, monkeypatch):
     monkeypatch.setattr(merge, "SOURCES", sources)
     # Forward alone, so that the passes of a plan differ.
-    monkeypatch.setattr(copy_engine, "first_round", lambda *given: None if given[2] else first)
+    monkeypatch.setattr(schedule, "first_round", lambda *given: None if given[2] else first)
     program = partial(train, pair(layout, mask, local_len=6))
     for seed in range(2):
         assert not execute(program, size, seed, merges=True)

@@ -16,15 +16,12 @@ pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 
 ZIGZAG, CONTIGUOUS = pair("zigzag"), pair("contiguous")
-READY = "        transport.take(pull, owners, Channel.KV_READY)\n"
+READY = "        transport.take(pull, fetch.owners, Channel.KV_READY)\n"
 FETCH = (
-    "        for hop, owner in zip(hops, owners, strict=True):\n"
-    "            rows = self._traffic.pulls[hop]\n"
-    "            assert rows is not None\n"
-    "            for target, source in self._buffers.pieces(self._slots[hop], owner, rows):\n"
-    "                transport.copy(pull, target, source)\n"
+    "        for target, source in fetch.copies:\n"
+    "            transport.copy(pull, target, source)\n"
 )
-FREED = "        transport.signal(pull, owners, Channel.KV_FREE)\n"
+FREED = "        transport.signal(pull, fetch.owners, Channel.KV_FREE)\n"
 SUM = "        self._transport.compute(lambda: sum_shares(result, own, shares))\n"
 MUTATIONS = {
     # name: (what is in the source, what it becomes, a program that must notice, ranks, whether
@@ -97,8 +94,8 @@ MUTATIONS = {
         4,
     ),
     "a share is announced when it is written": (
-        "        self._transport.signal(self._compute, owners, Channel.ARRIVED)\n",
-        "        self._transport.signal(self._transport.pull_stream, owners, Channel.ARRIVED)\n",
+        "self._transport.signal(self._compute, owners, Channel.ARRIVED)\n",
+        "self._transport.signal(self._transport.pull_stream, owners, Channel.ARRIVED)\n",
         partial(train, ZIGZAG),
         4,
     ),

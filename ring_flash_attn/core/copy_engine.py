@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..backends.base import GradTarget
 from ..backends.shares import Shares, sum_shares
-from .merge import first_round, rounds_of, slots_of
 from .packed import DocumentsPlan, DocumentsStep
 from .peer_buffers import AHEAD, PeerBuffers
 from .plan import RingPlan
-from .traffic import Traffic, rows_to_zero
+from .schedule import schedule_of
+from .traffic import Traffic
 from .transport import Channel
 
 
@@ -59,14 +59,10 @@ class CopyEngineExchange:
         backward: bool,
         merges: bool = False,
     ) -> None:
-        # Rounds of the hops that fetch something, by their numbers.
-        most = buffers.sources if merges else 1
-        first = first_round(k.shape, isinstance(plan, DocumentsPlan), backward)
-        self._rounds = rounds_of(traffic.fetched, most, first)
-        self._slots = slots_of(self._rounds, most, len(buffers.slots))
-        alone = all(len(hops) == 1 for hops in self._rounds)
-        self.plan = plan if alone else buffers.merged(plan, self._rounds)
-        self._buffers, self._traffic, self._hops = buffers, traffic, plan
+        self._schedule = schedule_of(buffers, traffic, plan, backward, merges)
+        self._rounds = self._schedule.rounds
+        self.plan = self._schedule.steps_of(plan)
+        self._buffers, self._traffic, self._first = buffers, traffic, plan.steps[0]
         self._k, self._v, self._state, self._backward = k, v, state, backward
         self._transport = buffers.transport
         self._last = self.plan.steps[-1].step
@@ -83,22 +79,18 @@ class CopyEngineExchange:
         if step == 0:
             self._open()  # What is fetched comes after the launch of step 0, which hides it.
             return self._k, self._v
-        rows = self._traffic.pulls[step]
-        if rows is None:
+        index = self._schedule.at.get(step)
+        if index is None:
             return self._k[:, :0], self._v[:, :0]
-        index = len(self._read)
-        hops = self._rounds[index]
+        assert index == len(self._read), "rounds are read in order"
         self._transport.wait(self._compute, self._pulled[index])
-        last = self._traffic.pulls[hops[-1]]
-        assert hops[0] == step and last is not None
-        # Rows behind the last that was fetched hold nothing: the tensors end there.
-        return self._buffers.fetched(self._slots[step], last[1], len(hops))
+        return self._rounds[index].keys
 
     def kv_done(self, step: int) -> None:
         if step == 0:
             for _ in range(AHEAD):
                 self._pull_next()
-        if self._traffic.pulls[step] is not None:
+        if step in self._schedule.at:
             self._round_read()
         if step == self._last and not self._backward:
             self._end()
@@ -110,26 +102,24 @@ class CopyEngineExchange:
         if step == 0:
             self._own = torch.empty((2, *self._k.shape), dtype=self._state, device=self._k.device)
             dk, dv = self._own.unbind()
-            self._zeroed((dk, dv), step, (0, self._k.shape[1]))
+            for begin, end in self._schedule.own_zeros:
+                self._zero(self._own[:, :, begin:end])
             return GradTarget(dk, dv, add=False)
-        rows = self._traffic.pulls[step]
-        if rows is None:
+        index = self._schedule.at.get(step)
+        if index is None:
             assert self._own is not None, "step 0 comes first"
             return GradTarget(*self._own[:, :, :0], add=False)
-        hops = self._rounds[self._written]
-        assert hops[0] == step
-        first, *others = (self._share(hop) for hop in hops)
-        offsets = None
-        if others and self._state == torch.float32:
-            offsets = self._buffers.offsets(tuple((self._traffic.source(x), x) for x in hops))
-        return GradTarget(*first, add=False, others=tuple(others), offsets=offsets)
+        assert index == self._written, "rounds are written in order"
+        share = self._schedule.share(self._buffers, index)
+        for part in share.zeros:
+            self._zero(part)
+        return share.target
 
     def dkv_done(self, step: int) -> None:
-        if self._traffic.pulls[step] is None:
-            return
-        owners = tuple(self._traffic.source(hop) for hop in self._rounds[self._written])
-        self._transport.signal(self._compute, owners, Channel.ARRIVED)
-        self._written += 1
+        if step in self._schedule.at:
+            owners = self._rounds[self._written].owners
+            self._transport.signal(self._compute, owners, Channel.ARRIVED)
+            self._written += 1
 
     def finish(self) -> tuple[Tensor, Tensor]:
         assert self._own is not None, "step 0 comes first"
@@ -157,11 +147,10 @@ class CopyEngineExchange:
             self._round_read()
         self._transport.wait(self._compute, self._transport.record(self._transport.pull_stream))
         if self._backward:
-            for hops in self._rounds[self._written :]:
-                for hop in hops:
-                    lost = self._buffers.landing[self._traffic.source(hop)][hop - 1]
+            for index in range(self._written, len(self._rounds)):
+                for lost in self._schedule.share(self._buffers, index).owners:
                     self._transport.compute(lambda lost=lost: lost.fill_(torch.nan))
-                self.dkv_done(hops[0])
+                self.dkv_done(self._rounds[index].hops[0])
             self._await_shares()
         self._end()
 
@@ -186,7 +175,7 @@ class CopyEngineExchange:
         # Whoever reads nothing in this pass may still be reading in the last one.
         self._transport.look(pull, traffic.bystanders, Channel.KV_FREE)
         self._transport.take(pull, readers, Channel.KV_FREE)
-        for staged, x in zip(self._buffers.staged_here(), (self._k, self._v), strict=True):
+        for staged, x in zip(self._buffers.staged_here, (self._k, self._v), strict=True):
             self._transport.copy(pull, staged, x)
         self._transport.signal(pull, readers, Channel.KV_READY)
 
@@ -204,24 +193,13 @@ class CopyEngineExchange:
         transport, pull = self._transport, self._transport.pull_stream
         if index >= AHEAD:
             transport.wait(pull, self._read[index - AHEAD])
-        hops = self._rounds[index]
-        owners = tuple(self._traffic.source(hop) for hop in hops)
+        fetch = self._rounds[index]
         # At once for all sources of a launch, which needs them all: one call of the driver each.
-        transport.take(pull, owners, Channel.KV_READY)
-        for hop, owner in zip(hops, owners, strict=True):
-            rows = self._traffic.pulls[hop]
-            assert rows is not None
-            for target, source in self._buffers.pieces(self._slots[hop], owner, rows):
-                transport.copy(pull, target, source)
-        transport.signal(pull, owners, Channel.KV_FREE)
+        transport.take(pull, fetch.owners, Channel.KV_READY)
+        for target, source in fetch.copies:
+            transport.copy(pull, target, source)
+        transport.signal(pull, fetch.owners, Channel.KV_FREE)
         self._pulled.append(transport.record(pull))
-
-    def _share(self, hop: int) -> tuple[Tensor, Tensor]:
-        """Return where this rank's share of a source's dk, dv goes."""
-        rows = self._traffic.pulls[hop]
-        assert rows is not None
-        share = self._buffers.share(self._traffic.source(hop), hop, rows[1])
-        return self._zeroed(share, hop, rows)
 
     def _await_shares(self) -> None:
         """Hold the caller's stream until every share of this rank's dk, dv is here."""
@@ -229,21 +207,15 @@ class CopyEngineExchange:
 
     def _shares(self) -> Shares:
         """Return what the readers of this rank's keys have handed in."""
-        traffic, step = self._traffic, self._hops.steps[0]
+        traffic, step = self._traffic, self._first
         landed = self._buffers.landing[traffic.rank] if traffic.readers else None
         if isinstance(step, DocumentsStep):
             return Shares(landed, traffic.returns[1:], traffic.units, step.documents.cu_k)
         return Shares(landed, traffic.lends[1:])
 
-    def _zeroed(
-        self, share: tuple[Tensor, Tensor], hop: int, rows: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return dk and dv, with zeros where the hop's kernels store nothing."""
-        for begin, end in rows_to_zero(self._hops.steps[hop], rows):
-            for x in share:
-                part = x[:, begin:end]
-                self._transport.compute(lambda part=part: part.zero_())
-        return share
+    def _zero(self, part: Tensor) -> None:
+        """Zero what the kernels of a step store nothing into."""
+        self._transport.compute(lambda: part.zero_())
 
     def _end(self) -> None:
         self._over = True

@@ -38,7 +38,6 @@ def rounds_of(hops: tuple[int, ...], most: int, first: int | None = None) -> Rou
     return tuple(hops[a:b] for a, b in pairwise(cuts) if a < b)
 
 
-@lru_cache(maxsize=512)
 def slots_of(rounds: Rounds, most: int, slots: int) -> dict[int, int]:
     """Return the slot of each hop's source, of so many: neighbours in a round.
 
@@ -64,6 +63,8 @@ def first_round(shape: tuple[int, ...], documents: bool, backward: bool) -> int 
     return 1 if documents and not backward and shape[1] > MERGED_ROWS // 2 else None
 
 
+# Kept, so that the passes of a call walk the same steps: tables of documents are known by these.
+@lru_cache(maxsize=512)
 def merge_plan(plan: RingPlan, rounds: Rounds, span: int) -> RingPlan:
     """Return step 0 and a step for every round, numbered as its first hop.
 
@@ -84,6 +85,7 @@ def merge_plan(plan: RingPlan, rounds: Rounds, span: int) -> RingPlan:
     return plan._replace(steps=mark_finished(steps))
 
 
+@lru_cache(maxsize=512)
 def merge_packed(plan: PackedPlan, rounds: Rounds, span: int) -> PackedPlan:
     """As `merge_plan`, for documents of any lengths."""
     steps = [plan.steps[0]]

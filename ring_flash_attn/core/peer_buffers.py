@@ -1,19 +1,15 @@
 """The memory of the copy-engine exchange, allocated once and used by every pass."""
 
-from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .merge import Rounds, merge_packed, merge_plan, sources_a_launch
-from .packed import DocumentsPlan, on_device
-from .plan import RingPlan
+from .merge import sources_a_launch
 from .transport import Transport
 
 AHEAD = 2  # launches whose K, V are here at a time: one's are read, one's arriving
-_KEPT_VIEWS = 1024
 
 
 class Size(NamedTuple):
@@ -77,15 +73,18 @@ class PeerBuffers:
 
     Attributes:
         staged: [2, B, L, Hk, D] of each rank, by rank: its k and v, where the others fetch them.
+        staged_here: this rank's k and v of it.
         slots: tensors like it, of this rank alone: what it fetched, one behind the other in memory.
+        shape: of k, [B, L, Hk, D].
         sources: how many may share a launch. span: rows from one's keys to the next one's then.
         landing: [P - 1, 2, B, L, Hk, D] in the state's dtype, by rank; [step - 1] is where rank
             (owner + step) % P puts its share.
+        schedules: what passes over them do, by what `schedule.schedule_of` tells them apart.
     """
 
     def __init__(self, store: PeerStore, shape: tuple[int, ...]) -> None:
         """See it so. shape: of k, [B, L, Hk, D]; v has the same."""
-        self.store, self.transport = store, store.transport
+        self.store, self.transport, self.shape = store, store.transport, shape
         self._shape = (2, *shape)
         self.staged = [_first(x, self._shape) for x in store.staged]
         self.slots: list[Tensor] = []
@@ -94,8 +93,10 @@ class PeerBuffers:
             self.slots = list(_first(store.slots, (count, *self._shape)))
         self.sources, self.span = sources_a_launch(shape), 2 * shape[1]
         self.landing: list[Tensor] = []
-        # A view costs the host as much as an operation on a stream, and passes use the same ones.
-        self._views: dict[Any, Any] = {}
+        self.staged_here: tuple[Tensor, ...] = ()
+        if self.staged:
+            self.staged_here = self.staged[self.transport.rank].unbind()
+        self.schedules: dict[tuple, Any] = {}
         self._offsets: dict[tuple, Tensor] = {}
 
     def open_backward(self) -> None:
@@ -105,46 +106,36 @@ class PeerBuffers:
             shape = self.store.peers, *self._shape
             self.landing = [_first(x, shape) for x in self.store.landing]
 
-    def staged_here(self) -> tuple[Tensor, Tensor]:
-        """Return where this rank stages its k and its v."""
-        return self._view("staged", lambda: self.staged[self.transport.rank].unbind())
-
     def fetched(self, slot: int, end: int, count: int = 1) -> tuple[Tensor, Tensor]:
         """Return the first `end` rows of k and v in a slot.
 
         Args:
             count: of so many slots from it on, each but the last with all its rows.
         """
-
-        def cut() -> tuple[Tensor, ...]:
-            first = self.slots[slot]
-            if count == 1:
-                return first[:, :, :end].unbind()
-            # k and v of a source are neighbours, so the next k is two lengths on: so many rows.
-            shape = 1, (count - 1) * self.span + end, *first.shape[3:]
-            return tuple(x.as_strided(shape, x.stride(), x.storage_offset()) for x in first)
-
-        return self._view(("slot", slot, end, count), cut)
+        first = self.slots[slot]
+        if count == 1:
+            k, v = first[:, :, :end].unbind()
+            return k, v
+        # k and v of a source are neighbours, so the next k is two lengths on: so many rows.
+        shape = 1, (count - 1) * self.span + end, *first.shape[3:]
+        k, v = (x.as_strided(shape, x.stride(), x.storage_offset()) for x in first)
+        return k, v
 
     def pieces(self, slot: int, owner: int, rows: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """Return (target, source) of rows on their way from their owner into a slot.
 
         They are contiguous: others would be copied on an SM.
         """
-
-        def cut() -> list[tuple[Tensor, Tensor]]:
-            target, source = self.slots[slot], self.staged[owner]
-            if rows == (0, target.shape[2]):
-                return [(target, source)]
-            pairs = zip(target.flatten(0, 1), source.flatten(0, 1), strict=True)
-            return [(to[slice(*rows)], of[slice(*rows)]) for to, of in pairs]
-
-        return self._view(("pieces", slot, owner, rows), cut)
+        target, source = self.slots[slot], self.staged[owner]
+        if rows == (0, target.shape[2]):
+            return [(target, source)]
+        pairs = zip(target.flatten(0, 1), source.flatten(0, 1), strict=True)
+        return [(to[slice(*rows)], of[slice(*rows)]) for to, of in pairs]
 
     def share(self, owner: int, step: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the first `end` rows of where this rank's share of dk and dv of a step goes."""
-        key = "share", owner, step, end
-        return self._view(key, lambda: self.landing[owner][step - 1][:, :, :end].unbind())
+        dk, dv = self.landing[owner][step - 1][:, :, :end].unbind()
+        return dk, dv
 
     def offsets(self, places: tuple[tuple[int, int], ...]) -> Tensor:
         """Return `GradTarget.offsets` of the shares of some (owner, step), in order.
@@ -163,26 +154,6 @@ class PeerBuffers:
             device = first.device
             self._offsets[places] = torch.tensor(numbers, dtype=torch.int64).to(device)
         return self._offsets[places]
-
-    def merged(self, plan: RingPlan | DocumentsPlan, rounds: Rounds) -> RingPlan | DocumentsPlan:
-        """Return the plan with the hops of each round as one step."""
-        if isinstance(plan, DocumentsPlan):
-            first = plan.steps[0]
-            of = first.plan
-            steps = self._view(
-                ("merged", id(of), rounds), lambda: (of, merge_packed(of, rounds, self.span))
-            )[1]
-            return on_device(steps, first.documents)
-        return self._view(
-            ("merged", id(plan), rounds), lambda: (plan, merge_plan(plan, rounds, self.span))
-        )[1]
-
-    def _view(self, key: Any, cut: Callable[[], Any]) -> Any:
-        if key not in self._views:
-            if len(self._views) == _KEPT_VIEWS:
-                self._views.clear()
-            self._views[key] = cut()
-        return self._views[key]
 
 
 def _first(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
