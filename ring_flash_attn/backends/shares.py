@@ -59,11 +59,8 @@ def sum_shares(result: Tensor, own: Tensor, shares: Shares) -> None:
 
 def sum_in_one_pass(result: Tensor, own: Tensor, shares: Shares) -> None:
     """As `sum_shares`, by a kernel."""
-    from .launch import on
-
     parts = () if shares.landed is None else shares.parts
-    start = _launch(tuple(own.shape), parts, shares.units)
-    rows, row = own.shape[:3].numel(), own.shape[3:].numel()
+    start, on, programs, columns = _launch(own.shape, parts, shares.units)
     given = {
         "result_ptr": result,
         "own_ptr": own,
@@ -72,34 +69,35 @@ def sum_in_one_pass(result: Tensor, own: Tensor, shares: Shares) -> None:
         "n_docs": 0 if shares.cu_seqlens is None else len(shares.cu_seqlens) - 1,
     }
     with on(own.device):
-        start(-(-rows // _ROWS), given, rows=-(-row // _COLUMNS))
+        start(programs, given, rows=columns)
 
 
 @lru_cache(maxsize=256)
 def _launch(shape: tuple[int, ...], parts: tuple[Interval | None, ...], units: int) -> Any:
-    """Return the launch for shares of this shape [2, B, L, Hk, D]."""
+    """Return the launch for shares of this shape [2, B, L, Hk, D], `launch.on`, and the grid."""
     from ..kernels.shares import _sum_kernel  # needs Triton, which other backends do not
-    from .launch import ADDRESS, NUMBER, Launch
+    from .launch import ADDRESS, NUMBER, Launch, on
 
     both, batch, length, heads, head_dim = shape
+    rows, row = both * batch * length, heads * head_dim
     arguments = {
         "result_ptr": ADDRESS,
         "own_ptr": ADDRESS,
         "landed_ptr": ADDRESS if parts else None,
         "cu_ptr": ADDRESS if units else None,
         "n_docs": NUMBER,
-        "n_rows": both * batch * length,
+        "n_rows": rows,
         "length": length,
         # One more than there are shares: a kernel takes no empty tuple.
         "begins": (*(0 if part is None else part[0] for part in parts), 0),
         "ends": (*(0 if part is None else part[1] for part in parts), 0),
         "UNITS": units,
         "SHARES": len(parts),
-        "ROW": heads * head_dim,
+        "ROW": row,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
     }
-    return Launch(_sum_kernel, arguments)
+    return Launch(_sum_kernel, arguments), on, -(-rows // _ROWS), -(-row // _COLUMNS)
 
 
 def _rows(shares: Shares, part: Interval, length: int) -> Tensor:
