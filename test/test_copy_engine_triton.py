@@ -13,7 +13,7 @@ import torch
 import oracle
 from copy_engine_ranks import CAUSAL, FULL, WINDOW, Layer, Member, wrong
 from ranks import gpu_of, run_ranks
-from ring_flash_attn.core import copy_engine, merge
+from ring_flash_attn.core import merge, schedule
 from ring_flash_attn.core.packed import Documents, on_device, plan_packed
 from ring_flash_attn.core.traffic import packed_traffic
 from simulated_ring import SCALE, Shape, attention_of, inputs
@@ -137,7 +137,7 @@ def test_documents_on_the_device(layout, mask, device):
 )
 def test_several_sources_in_a_launch(kind, layout, mask, device, monkeypatch):
     # Forward alone, as over many rows: the passes of a plan differ.
-    monkeypatch.setattr(copy_engine, "first_round", lambda *given: None if given[2] else 1)
+    monkeypatch.setattr(schedule, "first_round", lambda *given: None if given[2] else 1)
     rows = ROWS if kind is PackedMember else 22
     layer = Layer(layout, mask, local_len=rows, head_dim=16)
     monkeypatch.setattr(merge, "SOURCES", 2)
