@@ -94,11 +94,13 @@ def test_a_row_wider_than_a_program_of_the_kernel(device):
     assert torch.equal(result, expect(own, landed, [range(5), range(2, 11)]))
 
 
-def test_without_shares_what_is_left_over_is_nan_too(device):
+@pytest.mark.parametrize("parts", [(), ((0, 2),)])
+@pytest.mark.parametrize("work", SUMS)
+def test_without_shares_what_is_left_over_is_nan_too(work, parts, device):
     own, _ = draw(0, device)
     cu_seqlens = torch.tensor([1, 6, 10], dtype=torch.int32, device=device)
     result = torch.zeros_like(own)
-    sum_shares(result, own, Shares(None, (), 2, cu_seqlens))
+    work(result, own, Shares(None, parts, 2, cu_seqlens))
     assert result.isnan().any(4).any(3).any(1).any(0).nonzero().flatten().tolist() == [0, 5]
     assert torch.equal(result[:, :, 1:5], own[:, :, 1:5])
     assert torch.equal(result[:, :, 6:], own[:, :, 6:])
