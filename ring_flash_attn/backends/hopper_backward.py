@@ -108,16 +108,13 @@ class FusedStep:
         queries: Side,
     ) -> None:
         self._alive, self._inputs, self._tables = kept(step_plan), inputs, tables
-        self._first, self._queries, self._keys = (
-            step_plan.first,
-            queries,
-            Side(True, config.key_rows),
-        )
+        self._first = step_plan.first
+        self._queries, self._keys = queries, Side(True, config.key_rows)
         full = _full(attention, step_plan)
         work = _work(step_plan, inputs, tables.of(step_plan, self._keys).n_tiles, full)
         self._copies = copies_for(work, hopper.multiprocessors(tables.device))
         self._config, self._rotate = config_for(config, work), config.rotate and full
-        # A finished dq is rounded to the result: at once where there is no other step.
+        # What is finished of dq is rounded to the result, all of it where there is no other step.
         self._rounds = result is not None and (dq is None or _finishes(step_plan))
         self._finished = dq is not None
         self._starts: dict[tuple, Launch] = {}
