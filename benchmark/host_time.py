@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES if on_gpu else ["ring"])
+    add("--exchanges", nargs="+", choices=EXCHANGES, help="all that run here if unset")
     add("--packed", nargs="+", choices=(BATCH, STATED), default=[BATCH, STATED])
     add("--local-len", type=int, default=2048 if on_gpu else 32)
     add("--heads", type=int, default=32 if on_gpu else 4)
@@ -68,8 +68,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tree", help="hash of ring_flash_attn/, where git is absent")
     add("--commit", help="hash of the commit, where git is absent")
     options = parser.parse_args(arguments)
+    if options.stand_in and options.exchanges not in (None, ["copy-engine"]):
+        parser.error("--stand-in takes no messages: --exchanges must be copy-engine, if given")
+    if options.exchanges is None:
+        options.exchanges = list(EXCHANGES) if on_gpu else ["ring"]
     if options.stand_in:
-        options.exchanges = ["copy-engine"]  # no messages, which a stand-in would have to take
+        options.exchanges = ["copy-engine"]
     return options
 
 

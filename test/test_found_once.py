@@ -99,8 +99,10 @@ def test_another_stride_or_address_finds_another_step(backend, device, change, w
 def test_another_scale_finds_another_step_of_the_same_plan(backend, device):
     tensors = draw(device)
     plan = RingPlan(0, 1, (plan_local(Attention(0.3, True), ROWS, ROWS),))
-    for attention in (Attention(0.3, True), Attention(0.7, True)):
+    for count, scale in enumerate((0.3, 0.7), 1):
+        attention = Attention(scale, True)
         close(compute(backend, plan, attention, tensors), dense(attention, tensors))
+        assert len(backend._forwards) == len(backend._backwards) == count
 
 
 @pytest.mark.kernel
@@ -225,7 +227,7 @@ def test_what_has_passed_lets_nothing_else_pass(monkeypatch):
     for place, bad in ((0, np.zeros((1, 4, 2, 8))), (1, good[1].double()), (2, good[0]), (0, None)):
         with pytest.raises((TypeError, ValueError), match=r"^[qkv]"):
             validate.check_tensors(*good[:place], bad, *good[place + 1 :])
-    alike = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), shape=(1, 3, 2, 8))
+    alike = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), shape=(1, 4, 2, 8))
     with pytest.raises(TypeError, match="q must be a tensor"):
         validate.check_tensors(alike, *good[1:])
     for rows in range(1, 9):

@@ -15,6 +15,7 @@ BENCHMARK = Path(__file__).parents[1] / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
 import driver_clock  # noqa: E402
+import host_time  # noqa: E402
 import rows  # noqa: E402
 import stand_in  # noqa: E402
 from driver_clock import DriverClock  # noqa: E402
@@ -109,6 +110,15 @@ def test_waits_of_a_stand_in_hold_nobody():
 def test_a_stand_in_for_others_needs_a_gpu_for_the_one():
     with pytest.raises(NotImplementedError, match="GPU"):
         stand_in.join(4)
+
+
+def test_a_stand_in_takes_no_messages(capsys):
+    given = ["--stand-in", "4"]
+    assert host_time.parse(given).exchanges == ["copy-engine"]
+    assert host_time.parse([*given, "--exchanges", "copy-engine"]).exchanges == ["copy-engine"]
+    with pytest.raises(SystemExit):
+        host_time.parse([*given, "--exchanges", "ring"])
+    assert "copy-engine" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

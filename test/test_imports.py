@@ -164,7 +164,6 @@ MAY_IMPORT = {
         "core.agree",
         "core.forms",
         "core.function",
-        "core.gather",
         "core.packed_api",
         "core.packed_forms",
         "core.validate",

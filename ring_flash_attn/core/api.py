@@ -1,7 +1,5 @@
 """The library's own entry, and the checks that stand before every public form of call."""
 
-from functools import lru_cache
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,9 +9,8 @@ from .agree import agreement
 from .attention import Attention
 from .choose import Route, wanted_exchange
 from .function import Call, RingAttention, run_backward, run_forward
-from .layout import Layout
 from .plan import RingPlan, plan_local, plan_ring
-from .traffic import Traffic, ring_traffic
+from .traffic import ring_traffic
 from .validate import (
     check_attention,
     check_backward,
@@ -105,23 +102,15 @@ def ring_call(
     attention = check_attention(q.shape[-1], **options)
     check_transport(group, q)
     rank, size, *_ = ranks_of(group)
-    layouts = check_layouts(layout, attention, q, k, size)
+    q_layout, k_layout = check_layouts(layout, attention, q, k, size)
     runs = select_backend(backend, attention, q, k, v)
     wanted = wanted_exchange(exchange, runs.name)
-    plan, traffic = _planned(attention, *layouts, rank)
-    route = Route(traffic, wanted)
+    plan = plan_ring(attention, q_layout, k_layout, rank)
+    route = Route(ring_traffic(attention, q_layout, k_layout, rank), wanted)
     if same is not None:
         note_call(same, attention, q, k, layout)
         same["exchange"] = str(wanted)
     return Call(attention, plan, runs, group, route)
-
-
-@lru_cache(maxsize=512)
-def _planned(
-    attention: Attention, q_layout: Layout, k_layout: Layout, rank: int
-) -> tuple[RingPlan, Traffic]:
-    plan = plan_ring(attention, q_layout, k_layout, rank)
-    return plan, ring_traffic(attention, q_layout, k_layout, rank)
 
 
 def note_call(

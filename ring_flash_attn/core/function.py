@@ -16,6 +16,23 @@ from .plan import RingPlan
 from .ring import ring_backward, ring_forward
 
 
+class Passes(Protocol):
+    """A call as `RingAttention` runs it: both passes over batches, outside of autograd."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class Call(NamedTuple):
     """Everything but the tensors of one distributed attention call.
 
@@ -68,14 +85,14 @@ class Call(NamedTuple):
 
 
 @torch.no_grad()
-def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def run_forward(call: Passes, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return out [B, L, H, D] in q's dtype and lse [B, H, L] in the state's dtype."""
     return call.forward(q, k, v)
 
 
 @torch.no_grad()
 def run_backward(
-    call: Call,
+    call: Passes,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -91,23 +108,6 @@ def run_backward(
         lse: [B, H, L]. dlse: [B, H, L], gradient of lse; None if there is none.
     """
     return call.backward(dout, q, k, v, out, lse, dlse)
-
-
-class Passes(Protocol):
-    """A call as `RingAttention` runs it: both passes over batches, outside of autograd."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dlse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class RingAttention(torch.autograd.Function):

@@ -34,8 +34,29 @@ class GatheredCall:
     k_slice: slice
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As `function.Passes`."""
-        return _forward(self, q, k, v)
+        """Return out [1, T, H, D] in q's dtype and lse [1, H, T] in the state's dtype."""
+        result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((1, q.shape[2], q.shape[1]), dtype=state_dtype(q.dtype), device=q.device)
+        step = self.plan.steps[0]
+        for begin, end in step.unseen_q():
+            result[:, begin:end] = 0
+            lse[:, :, begin:end] = -torch.inf
+        gather = _Gather(self, k, v)
+        for index, heads in enumerate(key_slices(self, k)):
+            k_slice, v_slice = gather.kv(index)
+            mine = query_heads(heads, q, k)
+            if step.sees:
+                self.backend.forward(
+                    self.attention,
+                    step,
+                    q[:, :, mine],
+                    k_slice,
+                    v_slice,
+                    None,
+                    lse[:, mine],
+                    result[:, :, mine],
+                )
+        return result, lse
 
     def backward(
         self,
@@ -47,8 +68,32 @@ class GatheredCall:
         lse: Tensor,
         dlse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `function.Passes`."""
-        return _backward(self, dout, q, k, v, out, lse, dlse)
+        """Return dq, dk, dv in the dtypes of q, k, v; dk and dv are summed in the state's dtype."""
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        step = self.plan.steps[0]
+        for begin, end in step.unseen_q():
+            dq[:, begin:end] = 0
+        gather, scatter = _Gather(self, k, v), _Scatter(self, k)
+        saved = self.backend.prepare_backward(dout, out, lse, dlse)
+        for index, heads in enumerate(key_slices(self, k)):
+            k_slice, v_slice = gather.kv(index)
+            mine = query_heads(heads, q, k)
+            if step.sees:
+                self.backend.backward(
+                    self.attention,
+                    step,
+                    _of_heads(saved, mine),
+                    q[:, :, mine],
+                    k_slice,
+                    v_slice,
+                    None,
+                    lambda index=index: scatter.target(index),
+                    dq[:, :, mine],
+                )
+            else:
+                scatter.target(index)
+            scatter.send(index)
+        return dq, *scatter.finish()
 
 
 class _Gather:
@@ -144,91 +189,6 @@ def query_heads(heads: slice, q: Tensor, k: Tensor) -> slice:
     """Return the query heads that read some key heads."""
     group = q.shape[2] // k.shape[2]
     return slice(heads.start * group, heads.stop * group)
-
-
-@torch.no_grad()
-def gathered_forward(call: GatheredCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out [1, T, H, D] in q's dtype and lse [1, H, T] in the state's dtype."""
-    return call.forward(q, k, v)
-
-
-@torch.no_grad()
-def gathered_backward(
-    call: GatheredCall,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the dtypes of q, k, v; dk and dv are summed in the state's dtype."""
-    return call.backward(dout, q, k, v, out, lse, dlse)
-
-
-def _forward(call: GatheredCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out [1, T, H, D] in q's dtype and lse [1, H, T] in the state's dtype."""
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((1, q.shape[2], q.shape[1]), dtype=state_dtype(q.dtype), device=q.device)
-    step = call.plan.steps[0]
-    for begin, end in step.unseen_q():
-        result[:, begin:end] = 0
-        lse[:, :, begin:end] = -torch.inf
-    gather = _Gather(call, k, v)
-    for index, heads in enumerate(key_slices(call, k)):
-        k_slice, v_slice = gather.kv(index)
-        mine = query_heads(heads, q, k)
-        if step.sees:
-            call.backend.forward(
-                call.attention,
-                step,
-                q[:, :, mine],
-                k_slice,
-                v_slice,
-                None,
-                lse[:, mine],
-                result[:, :, mine],
-            )
-    return result, lse
-
-
-def _backward(
-    call: GatheredCall,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in the dtypes of q, k, v; dk and dv are summed in the state's dtype."""
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    step = call.plan.steps[0]
-    for begin, end in step.unseen_q():
-        dq[:, begin:end] = 0
-    gather, scatter = _Gather(call, k, v), _Scatter(call, k)
-    saved = call.backend.prepare_backward(dout, out, lse, dlse)
-    for index, heads in enumerate(key_slices(call, k)):
-        k_slice, v_slice = gather.kv(index)
-        mine = query_heads(heads, q, k)
-        if step.sees:
-            call.backend.backward(
-                call.attention,
-                step,
-                _of_heads(saved, mine),
-                q[:, :, mine],
-                k_slice,
-                v_slice,
-                None,
-                lambda index=index: scatter.target(index),
-                dq[:, :, mine],
-            )
-        else:
-            scatter.target(index)
-        scatter.send(index)
-    return dq, *scatter.finish()
 
 
 def _of_heads(saved: Saved, heads: slice) -> Saved:

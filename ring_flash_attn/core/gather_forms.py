@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .agree import agreement
 from .forms import COMPUTED, Result, name_form
-from .function import RingAttention
-from .gather import gathered_backward, gathered_forward
+from .function import RingAttention, run_backward, run_forward
 from .packed_api import as_batch, gathered_call
 from .packed_forms import check_packed_backward, unpack_kv, unpack_qkv
 from .validate import check_bool
@@ -254,7 +253,7 @@ def gathered_forward_form(name: str, module: str, backend: str):
                 alibi_slopes=alibi_slopes,
                 deterministic=deterministic,
             )
-        out, lse = gathered_forward(call, q, k, v)
+        out, lse = run_forward(call, q, k, v)
         return out.squeeze(0), lse.squeeze(0)
 
     return _named(form, name, module, backend, _FORWARD_DOC)
@@ -307,7 +306,7 @@ def gathered_backward_form(name: str, module: str, backend: str):
                 deterministic=deterministic,
             )
             check_packed_backward(dout, q, out, softmax_lse)
-        dq, dk, dv = gathered_backward(call, dout[None], q, k, v, out[None], softmax_lse[None])
+        dq, dk, dv = run_backward(call, dout[None], q, k, v, out[None], softmax_lse[None])
         return dq[0], dk[0], dv[0]
 
     return _named(form, name, module, backend, _BACKWARD_DOC)

@@ -21,10 +21,9 @@ _KEPT = 1024
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless q is [B, L, H, D] and k, v are [B, Lk, Hk, D] of one float dtype and device."""
-    try:
+    alike = None
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         alike = tuple((x.dtype, x.device, x.shape) for x in (q, k, v))
-    except AttributeError:
-        alike = None  # one of them is no tensor, and will be told
     if alike in _passed:
         return
     for name, x in (("q", q), ("k", k), ("v", v)):
